@@ -1,0 +1,61 @@
+"""The ways of running `hf_padam.update`, one file each, all behind one signature.
+
+    step(params, grads, exp_avgs, exp_avg_sqs, scalars) -> None
+        Lists of plain tensors, aligned, of one device and one dtype per list; updated in place, gradients only read.
+        `scalars` is an `update.Scalars`, the same for all of them.
+    unavailable(device) -> str | None
+        Why the backend cannot run there, or None if it can.
+
+`select` turns a user's choice into one of them. "auto" takes the fastest that is available there; an explicit choice that
+cannot be met is an error, never a silent substitute.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+
+import torch
+
+from . import compiled, eager
+
+logger = logging.getLogger(__name__)
+
+BACKENDS: dict[str, ModuleType] = {"eager": eager, "compiled": compiled}
+CHOICES = ("auto", *BACKENDS)
+_COMPILE_PAYS_FROM = 1_000_000
+"""Elements. Below, an eager step takes a few milliseconds and seconds of compilation never pay for themselves."""
+
+
+def select(choice: str, device: torch.device, elements: int) -> ModuleType:
+    """Return the backend module for a user's choice.
+
+    Args:
+        choice: One of `CHOICES`.
+        device: Where the tensors are.
+        elements: How many elements the optimizer updates there in all.
+
+    Raises:
+        ValueError: If `choice` is unknown.
+        RuntimeError: If `choice` names a backend that cannot run on `device`.
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"backend={choice!r} is not one of {', '.join(CHOICES)}")
+    if choice == "auto":
+        if elements < _COMPILE_PAYS_FROM or _refusal("compiled", device.type):
+            return eager
+        return compiled
+    reason = BACKENDS[choice].unavailable(device)
+    if reason is not None:
+        raise RuntimeError(f'backend="{choice}" cannot run on {device}: {reason}. Or use backend="auto".')
+    return BACKENDS[choice]
+
+
+@functools.cache
+def _refusal(name: str, device_type: str) -> str | None:
+    """Ask a backend once per device type whether it can run; say so once if a slower one takes its place."""
+    reason = BACKENDS[name].unavailable(torch.device(device_type))
+    if reason is not None:
+        logger.warning("PAdam runs in eager mode on %s, which is slower: %s.", device_type, reason)
+    return reason

@@ -1,0 +1,217 @@
+"""PAdam, the optimizer of *Decoupled Weight Decay for Any p Norm* (arXiv 2404.10824), as a `torch.optim.Optimizer`.
+
+This file validates, owns the state and hands tensors to a backend; the arithmetic is in `hf_padam.update`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from . import backends
+from .update import prepare
+
+HYPERPARAMETERS = ("lr", "betas", "eps", "p_norm", "lambda_p", "weight_decay")
+_STATE = ("exp_avg", "exp_avg_sq")
+
+
+class PAdam(Optimizer):
+    """Adam with pWD, decoupled weight decay for any p norm (arXiv 2404.10824); not the "Padam" of arXiv 1806.06763.
+
+    (That one is *partially adaptive* Adam, by Chen & Gu.) With ``u_t`` the Adam direction:
+
+        w_t = (w_{t-1} - lr * u_t) / (1 + lr * weight_decay + lr * lambda_p * |w_{t-1}|^(p_norm - 2))
+
+    For ``p_norm < 2`` small weights become exact zeros, and zeros are absorbing: a weight that is exactly zero stays
+    zero. So a sparse model stays sparse with no mask, and a tensor that *starts* at zero can never train, which is
+    refused.
+
+    The code that the paper's authors released multiplies its lambda by p: ``lambda_p`` here is ``p`` times theirs.
+
+    Args:
+        params: Parameters, named parameters, or groups of either. Every hyperparameter can be set per group.
+        lr: Learning rate, at least 0.
+        betas: Decay rates of the two moment estimates, each in [0, 1).
+        eps: Added to the root of the second moment; positive.
+        p_norm: The norm's p, positive. Below 1 small weights die fast and large ones are left alone; 2 is AdamW's.
+        lambda_p: Strength of the p-norm decay, at least 0.
+        weight_decay: Strength of the L2 decay (the paper's lambda_2), at least 0. As in AdamW, up to order lr^2.
+        backend: "auto", "eager" or "compiled"; see `hf_padam.backends`.
+
+    State, created at the first step: ``step`` (a scalar), ``exp_avg`` and ``exp_avg_sq`` (like the parameter, in its
+    dtype; in fp32 for fp16 parameters, whose squared gradients fp16 cannot hold). Loading keeps the saved dtype.
+
+    Raises:
+        ValueError: If a hyperparameter is out of range, or a decayed tensor is all zeros.
+        RuntimeError: From ``step``, if a gradient is sparse or the backend cannot run there.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        p_norm: float = 0.8,
+        lambda_p: float = 0.1,
+        weight_decay: float = 0.0,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        """Validate everything and register the parameters; see the class for the arguments."""
+        if backend not in backends.CHOICES:
+            raise ValueError(f"backend={backend!r} is not one of {', '.join(backends.CHOICES)}")
+        self.backend = backend
+        defaults = dict(lr=lr, betas=betas, eps=eps, p_norm=p_norm, lambda_p=lambda_p, weight_decay=weight_decay)
+        check_hyperparameters(defaults)
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep the backend when copied or pickled; torch keeps only state, groups and defaults."""
+        return {**super().__getstate__(), "backend": self.backend}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking its hyperparameters and tensors.
+
+        Raises:
+            ValueError: As the constructor does.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_hyperparameters(group)
+        absorbing = group["lambda_p"] > 0 and group["p_norm"] < 2
+        names = group.get("param_names") or [f"number {i} of its group" for i in range(len(group["params"]))]
+        for name, param in zip(names, group["params"], strict=True):
+            if not param.is_floating_point():
+                raise ValueError(
+                    f"parameter {name} has dtype {param.dtype}; PAdam updates real floating-point tensors only: "
+                    "view complex parameters as real ones with torch.view_as_real, leave others out"
+                )
+            if absorbing and _starts_at_zero(param):
+                raise ValueError(
+                    f"parameter {name}, of shape {tuple(param.shape)}, is all zeros. Under a p-norm decay with "
+                    "p < 2 zero is absorbing, so it would never train (biases, LoRA's B matrices and zero-initialised "
+                    "heads start like this). Put it in a parameter group with lambda_p=0, as "
+                    "hf_padam.get_param_groups(model) does for biases and norms, or give it a non-zero start."
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        active = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        elements: defaultdict[torch.device, int] = defaultdict(int)
+        for group, params in active:
+            check_hyperparameters(group)
+            for param in params:
+                if param.grad.is_sparse or param.grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"PAdam needs dense gradients; one of shape {tuple(param.shape)} is {param.grad.layout}. "
+                        "Set sparse=False on the embedding, or use torch.optim.SparseAdam for it."
+                    )
+                elements[param.device] += param.numel()
+        for group, params in active:
+            hyperparameters = {name: group[name] for name in HYPERPARAMETERS} | {"lr": float(group["lr"])}
+            for number, tensors in self._buckets(params):
+                device = tensors[0][0].device
+                backend = backends.select(self.backend, device, elements[device])
+                backend.step(*tensors, prepare(number, **hyperparameters))
+        return loss
+
+    def _buckets(self, params: list[Tensor]) -> list[tuple[int, tuple[list[Tensor], ...]]]:
+        """Count each parameter's step; sort local tensors into aligned lists of one step number, device and dtypes."""
+        buckets: defaultdict[tuple, tuple[list[Tensor], ...]] = defaultdict(lambda: ([], [], [], []))
+        for param in params:
+            state = self.state[param]
+            if not state:
+                dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                for name in _STATE:
+                    state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            state["step"] += 1
+            tensors = [_local(t) for t in (param, param.grad, state["exp_avg"], state["exp_avg_sq"])]  # type: ignore[arg-type]
+            key = (int(state["step"]), param.device, *(t.dtype for t in tensors))
+            for values, tensor in zip(buckets[key], tensors, strict=True):
+                values.append(tensor)
+        return [(key[0], bucket) for key, bucket in buckets.items()]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load groups and state, in the dtype they were saved in; torch would cast state to the parameter's dtype."""
+        seen: dict[str, Any] = {}
+
+        def remember(_: Optimizer, incoming: dict[str, Any]) -> None:
+            seen.update(incoming)  # registered last, so it sees what every other hook has made of the dict
+
+        handle = self.register_load_state_dict_pre_hook(remember)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved_ids = [i for group in seen["param_groups"] for i in group["params"]]
+        for saved_id, param in zip(saved_ids, params, strict=True):
+            for name, value in seen["state"].get(saved_id, {}).items():
+                if name in _STATE and value.dtype != self.state[param][name].dtype:
+                    self.state[param][name] = value.to(device=param.device, copy=True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return a DTensor's local shard: the update is elementwise, so stepping the shards steps the tensor exactly."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _starts_at_zero(param: Tensor) -> bool:
+    """Whether a parameter that is held here in full is all zeros. Shards and storage-less tensors cannot be judged."""
+    held_in_full = not (isinstance(param, DTensor) or param.is_meta or hasattr(param, "_fsdp_flattened"))
+    return held_in_full and param.numel() > 0 and not bool(param.detach().any())
+
+
+def check_hyperparameters(values: dict[str, Any]) -> None:
+    """Check that each hyperparameter is a number in its range.
+
+    Args:
+        values: Any mapping that holds all of `HYPERPARAMETERS`, a parameter group for example.
+
+    Raises:
+        ValueError: Naming the first that is not, its value and what is allowed.
+    """
+    betas = values["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r} is not allowed: it must be a pair of numbers in [0, 1)")
+    for name, value, low, high, what in (
+        ("lr", values["lr"], 0.0, math.inf, "a finite number of at least 0"),
+        ("betas[0]", betas[0], 0.0, 1.0, "a number in [0, 1)"),
+        ("betas[1]", betas[1], 0.0, 1.0, "a number in [0, 1)"),
+        ("eps", values["eps"], 2.0**-126, math.inf, "a positive number, representable in fp32 (at least 2^-126)"),
+        ("p_norm", values["p_norm"], 2.0**-126, math.inf, "a positive finite number; below 2 it makes zeros"),
+        ("lambda_p", values["lambda_p"], 0.0, math.inf, "a finite number of at least 0"),
+        ("weight_decay", values["weight_decay"], 0.0, math.inf, "a finite number of at least 0"),
+    ):
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+            raise ValueError(f"{name}={value!r} is not allowed: it must be {what}")

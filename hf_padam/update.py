@@ -1,0 +1,159 @@
+"""The PAdam update of *Decoupled Weight Decay for Any p Norm* (arXiv 2404.10824): the one place that defines it.
+
+The penalty is ``R(w) = (lambda_p / p) * sum |w_i|^p + (lambda_2 / 2) * sum w_i^2``. With ``u_t`` the Adam direction
+and ``lr`` the learning rate, the step is Adam's, shrunk by a factor that depends on the weight *before* the step:
+
+    w_t = (w_{t-1} - lr * u_t) * r(w_{t-1}),    r(w) = 1 / (1 + lr * lambda_2 + lr * lambda_p * |w|^(p - 2))
+
+For ``p < 2`` the power grows without bound as ``w`` vanishes, so small weights are driven to zero and an exact zero
+stays zero (IEEE arithmetic gives ``r(0) = 1 / inf = 0``, no special case needed). This module imports torch alone.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FLUSH_THRESHOLD = 2.0**-100
+"""Where pWD with p < 2 acted, a new weight smaller than this in magnitude becomes an exact zero. Dying weights would
+otherwise linger among the subnormal numbers, which devices round differently and CPUs process slowly."""
+
+_SMALLEST_NORMAL = 2.0**-126
+"""A decay ``lr * lambda_p`` below fp32's normal range is taken as zero: it changes no weight, and 0 * inf is NaN."""
+
+
+class Form(enum.Enum):
+    """Which expression of ``|w|^(p - 2)`` applies: known before the weights are, so backends may specialise on it."""
+
+    NONE = "lr * lambda_p = 0: no p-norm decay, whatever the weight"
+    HALF = "p = 1/2"
+    ONE = "p = 1"
+    THREE_HALVES = "p = 3/2"
+    TWO = "p = 2: the power is 1"
+    BELOW_TWO = "any other p < 2"
+    ABOVE_TWO = "p > 2"
+
+    @property
+    def makes_zeros(self) -> bool:
+        """Whether pWD acts and zero is absorbing: ``p < 2`` and ``lr * lambda_p > 0``."""
+        return self in (Form.HALF, Form.ONE, Form.THREE_HALVES, Form.BELOW_TWO)
+
+
+_FORMS = {0.5: Form.HALF, 1.0: Form.ONE, 1.5: Form.THREE_HALVES, 2.0: Form.TWO}
+
+
+class Scalars(NamedTuple):
+    """Everything of one step that does not depend on the element. Computed in float64, once per group and step.
+
+    The fields behind `form` are Python floats; a backend may hand `update_` 0-dim tensors in their place.
+    """
+
+    form: Form
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    step_size: float  # lr / (1 - beta1^t)
+    inverse_root_correction2: float  # 1 / sqrt(1 - beta2^t)
+    eps: float
+    shrink: float  # 1 + lr * lambda_2
+    decay: float  # lr * lambda_p
+    exponent: float  # p - 2
+
+
+def prepare(
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    p_norm: float,
+    lambda_p: float,
+    weight_decay: float,
+) -> Scalars:
+    """Compute the scalars of step number `step` (1 for the first)."""
+    beta1, beta2 = betas
+    decay = lr * lambda_p
+    if decay < _SMALLEST_NORMAL:
+        form, decay = Form.NONE, 0.0
+    else:
+        form = _FORMS.get(p_norm, Form.BELOW_TWO if p_norm < 2 else Form.ABOVE_TWO)
+    return Scalars(
+        form=form,
+        beta1=beta1,
+        one_minus_beta1=1 - beta1,
+        beta2=beta2,
+        one_minus_beta2=1 - beta2,
+        step_size=lr / (1 - beta1**step),
+        inverse_root_correction2=(1 - beta2**step) ** -0.5,
+        eps=eps,
+        shrink=1 + lr * weight_decay,
+        decay=decay,
+        exponent=p_norm - 2,
+    )
+
+
+def inverse_factor(weight: Tensor, scalars: Scalars, power: Callable[[Tensor, float], Tensor] = torch.pow) -> Tensor:
+    """Return ``1 / r(weight) = 1 + lr * lambda_2 + lr * lambda_p * |weight|^(p - 2)``, infinite where ``r`` is zero.
+
+    Args:
+        weight: The weights before the step, in the dtype of the arithmetic.
+        scalars: From `prepare`.
+        power: ``power(x, y) = x ** y`` for ``x >= 0`` and a scalar ``y``, infinite at ``x = 0`` for negative ``y``.
+    """
+    shrink, decay = scalars.shrink, scalars.decay
+    if scalars.form is Form.NONE:
+        return torch.ones_like(weight) * shrink
+    magnitude = weight.abs()
+    match scalars.form:
+        case Form.HALF:
+            return shrink + decay / (magnitude * magnitude.sqrt())
+        case Form.ONE:
+            return shrink + decay / magnitude
+        case Form.THREE_HALVES:
+            return shrink + decay / magnitude.sqrt()
+        case Form.TWO:
+            return torch.ones_like(weight) * (shrink + decay)
+    return shrink + decay * power(magnitude, scalars.exponent)
+
+
+def update_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: Scalars,
+    power: Callable[[Tensor, float], Tensor] = torch.pow,
+) -> None:
+    """Take one PAdam step on one tensor, in place.
+
+    Args:
+        param: The weights; read and written. Any shape; any real floating-point dtype.
+        grad: Their gradient, same shape; read only.
+        exp_avg: First moment, same shape; read and written.
+        exp_avg_sq: Second moment, same shape; read and written.
+        scalars: From `prepare`.
+        power: See `inverse_factor`.
+
+    The arithmetic is fp32 for 16-bit and fp32 tensors, fp64 for fp64 ones.
+    """
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    weight, gradient = param.to(dtype), grad.to(dtype)
+    # 1. Adam's moments. (The other common form, m + (1 - beta1) * (g - m), overflows for huge gradients.)
+    first = scalars.beta1 * exp_avg.to(dtype) + scalars.one_minus_beta1 * gradient
+    second = scalars.beta2 * exp_avg_sq.to(dtype) + scalars.one_minus_beta2 * gradient * gradient
+    # 2. Adam's step, bias corrections folded into the scalars.
+    stepped = weight - scalars.step_size * (first / (second.sqrt() * scalars.inverse_root_correction2 + scalars.eps))
+    # 3. pWD: shrink by the factor of the weight before the step.
+    new = stepped / inverse_factor(weight, scalars, power)
+    # 4. What is as good as dead is zero, on every device alike.
+    if scalars.form.makes_zeros:
+        new = torch.where(new.abs() < FLUSH_THRESHOLD, 0.0, new)
+    # 5. Back into the storage dtype.
+    param.copy_(new)
+    exp_avg.copy_(first)
+    exp_avg_sq.copy_(second)
