@@ -6,8 +6,8 @@
     unavailable(device) -> str | None
         Why the backend cannot run there, or None if it can.
 
-`select` turns a user's choice into one of them. "auto" takes the fastest that is available there; an explicit choice that
-cannot be met is an error, never a silent substitute.
+`select` turns a user's choice into one of them. "auto" takes the fastest that is available there; an explicit
+that cannot be met is an error, never a silent substitute.
 """
 
 from __future__ import annotations
