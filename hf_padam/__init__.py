@@ -1,6 +1,24 @@
-"""PAdam for Hugging Face Transformers: fine-tune with ``optim="padam"`` and the language model comes out sparse."""
+"""PAdam for Hugging Face Transformers: fine-tune with ``optim="padam"`` and the language model comes out sparse.
 
+Importing this package registers the name "padam" with Transformers. PAdam is Adam with pWD, the decoupled weight decay
+for any p norm of arXiv 2404.10824; it is not the *partially adaptive* "Padam" of arXiv 1806.06763.
+"""
+
+from . import registration
+from .metrics import Perplexity, WeightSparsity
 from .optimizer import PAdam
+from .param_groups import decayed_parameters, get_param_groups
+from .trainer import PAdamTrainer, PAdamTrainingArguments
 
 __version__ = "0.1.0"
-__all__ = ["PAdam"]
+__all__ = [
+    "PAdam",
+    "PAdamTrainer",
+    "PAdamTrainingArguments",
+    "Perplexity",
+    "WeightSparsity",
+    "decayed_parameters",
+    "get_param_groups",
+]
+
+registration.register()

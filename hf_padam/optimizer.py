@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 from . import backends
 from .update import prepare
 
+DEFAULT_P_NORM = 0.8
+DEFAULT_LAMBDA_P = 0.1
 HYPERPARAMETERS = ("lr", "betas", "eps", "p_norm", "lambda_p", "weight_decay")
 _STATE = ("exp_avg", "exp_avg_sq")
 
@@ -59,8 +61,8 @@ class PAdam(Optimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        p_norm: float = 0.8,
-        lambda_p: float = 0.1,
+        p_norm: float = DEFAULT_P_NORM,
+        lambda_p: float = DEFAULT_LAMBDA_P,
         weight_decay: float = 0.0,
         *,
         backend: str = "auto",

@@ -1,0 +1,194 @@
+"""Register the optimizer name "padam" with Transformers. The only file that touches Transformers' internals.
+
+`TrainingArguments` turns `optim` into a member of the enum `OptimizerNames`; the Trainer looks the member up in a
+table of handlers. Registration adds one member and one row. Nothing else of Transformers changes, except that a
+malformed `optim_args` string now gets an error that says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import transformers
+from aenum import extend_enum
+from packaging.version import Version
+from torch import nn
+from transformers.training_args import OptimizerNames, TrainingArguments
+
+from .backends import CHOICES
+from .optimizer import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, PAdam, check_hyperparameters
+from .param_groups import get_param_groups
+
+NAME = "padam"
+SUPPORTED = "transformers>=5.4,<6"
+
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in _TRUE + _FALSE:
+        raise ValueError("must be true or false")
+    return text.lower() in _TRUE
+
+
+def _backend(text: str) -> str:
+    if text not in CHOICES:
+        raise ValueError(f"must be one of {', '.join(CHOICES)}")
+    return text
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("must be a number") from None
+
+
+class Option(NamedTuple):
+    """One key of `optim_args`."""
+
+    parse: Callable[[str], Any]
+    default: Any
+    accepted: str
+
+
+OPTIONS = {
+    "p_norm": Option(_number, DEFAULT_P_NORM, "a positive number, the p of the norm; below 2 it makes zeros"),
+    "lambda_p": Option(_number, DEFAULT_LAMBDA_P, "a number of at least 0, the strength of the p-norm decay"),
+    "decay_embeddings": Option(_boolean, False, "true or false, whether embeddings and output head decay too"),
+    "backend": Option(_backend, "auto", "one of " + ", ".join(CHOICES)),
+}
+"""The keys of `optim_args`. `PAdamTrainingArguments` has fields of the same names."""
+
+
+def parse_optim_args(text: str | None) -> dict[str, Any]:
+    """Turn an `optim_args` string, key=value pairs joined by commas, into typed options; absent keys stay absent.
+
+    Raises:
+        ValueError: On a malformed pair, an unknown or repeated key, or a bad value, with the list of what is accepted.
+    """
+    accepted = "; ".join(f"{key} ({option.accepted})" for key, option in OPTIONS.items())
+    options: dict[str, Any] = {}
+    for pair in (text or "").replace(" ", "").split(",") if text else ():
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(_malformed(text))
+        if key not in OPTIONS:
+            raise ValueError(f"optim_args has no key {key!r} for padam. Accepted: {accepted}")
+        if key in options:
+            raise ValueError(f"optim_args={text!r} gives {key} twice. Drop one of them")
+        try:
+            options[key] = OPTIONS[key].parse(value)
+        except ValueError as error:
+            raise ValueError(f"optim_args: {key}={value!r} {error}. Accepted: {accepted}") from None
+    return options
+
+
+def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
+    """Collect everything that `build_optimizer` needs from the training arguments, checked.
+
+    Typed fields of `PAdamTrainingArguments` and keys of `optim_args` name the same options; giving one of them twice,
+    with different values, is an error.
+
+    Raises:
+        ValueError: On an unknown key, a bad value, or an option given twice.
+    """
+    options: dict[str, Any] = {key: option.default for key, option in OPTIONS.items()}
+    typed = {key: getattr(args, key) for key in OPTIONS if hasattr(args, key)}
+    options.update(typed)
+    for key, value in parse_optim_args(args.optim_args).items():
+        if key in typed and typed[key] not in (value, OPTIONS[key].default):
+            raise ValueError(f"{key} is given twice: {typed[key]!r}, and {value!r} in optim_args. Drop one of them")
+        options[key] = value
+    options.update(
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+        target_modules=args.optim_target_modules,
+    )
+    check_hyperparameters(options)
+    return options
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    backend: str = "auto",
+    **group_options: Any,
+) -> PAdam:
+    """Build PAdam over a model's trainable parameters, decaying those that `param_groups` chooses.
+
+    Args:
+        model: The model to train.
+        lr: See `PAdam`.
+        betas: See `PAdam`.
+        eps: See `PAdam`.
+        backend: See `PAdam`.
+        group_options: See `get_param_groups`.
+
+    Raises:
+        ValueError: As `PAdam` and `get_param_groups` do.
+    """
+    return PAdam(get_param_groups(model, **group_options), lr=lr, betas=betas, eps=eps, backend=backend)
+
+
+class _Factory:
+    """Called by the Trainer as ``_Factory()(model, **options)``: being no Optimizer class, it builds its own groups."""
+
+    def __call__(self, model: nn.Module, **options: Any) -> PAdam:
+        return build_optimizer(model, **options)
+
+
+def _handler(context: Any) -> tuple[type[_Factory], dict[str, Any]]:
+    return _Factory, optimizer_options(context.args)
+
+
+def _malformed(optim_args: str | None) -> str:
+    return (
+        f"optim_args={optim_args!r} is malformed: it must be key=value pairs joined by commas, "
+        'for example "p_norm=0.8,lambda_p=0.5"'
+    )
+
+
+def register() -> None:
+    """Make ``optim="padam"`` known to Transformers. Calling it again changes nothing.
+
+    Raises:
+        ImportError: If the installed Transformers is not a supported version.
+    """
+    version = Version(transformers.__version__)
+    if not Version("5.4") <= Version(version.base_version) < Version("6"):
+        raise ImportError(
+            f"hf_padam cannot register with transformers {version}: it supports {SUPPORTED}. "
+            f'Install a supported version (pip install "{SUPPORTED}"), or use hf_padam.optimizer.PAdam directly.'
+        )
+    from transformers import trainer, trainer_optimizer
+
+    if NAME not in OptimizerNames._value2member_map_:
+        extend_enum(OptimizerNames, NAME.upper(), NAME)
+    elif trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(NAME)].__module__ != __name__:
+        raise ImportError(f"transformers {version} or another package already has an optimizer named {NAME!r}.")
+    trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(NAME)] = _handler
+    trainer._parse_optim_args = _explain_malformed(trainer._parse_optim_args)  # type: ignore[assignment]
+
+
+def _explain_malformed(parse: Callable[[str | None], dict[str, str]]) -> Callable[[str | None], dict[str, str]]:
+    """Wrap Transformers' parser of `optim_args`, which fails on a missing "=" with an unpacking error."""
+    if inspect.unwrap(parse) is not parse:  # wrapped already
+        return parse
+
+    @functools.wraps(parse)
+    def explained(optim_args: str | None) -> dict[str, str]:
+        try:
+            return parse(optim_args)
+        except ValueError as error:
+            raise ValueError(_malformed(optim_args)) from error
+
+    return explained

@@ -1,0 +1,93 @@
+"""Count zeros: the one function behind every sparsity that this package logs, returns or draws."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+NEAR_ZERO = 1e-8
+"""Default threshold below which the magnitude of a non-zero weight counts as near zero."""
+
+
+@dataclass(frozen=True)
+class TensorCount:
+    """What was counted in one tensor."""
+
+    name: str
+    elements: int
+    zeros: int  # exactly zero
+    near_zeros: int | None  # not zero, but smaller in magnitude than the threshold; None where not asked for
+    decayed: bool  # whether the p-norm decay acts on it
+
+    @property
+    def sparsity(self) -> float:
+        """Share of exact zeros, 0 to 1."""
+        return self.zeros / self.elements if self.elements else 0.0
+
+
+@torch.no_grad()
+def count_zeros(
+    tensors: Mapping[str, Tensor], decayed: Collection[str] = (), near_zero: float | None = None
+) -> list[TensorCount]:
+    """Count the zeros of each tensor, with one transfer to the host per device and sharding.
+
+    Args:
+        tensors: Name to tensor, each of any shape. A DTensor is counted over all its shards, on every rank alike.
+        decayed: Names of the tensors that the p-norm decay acts on.
+        near_zero: If given, also count non-zero elements of a magnitude below this.
+
+    Returns:
+        One count per tensor, in order.
+    """
+    batches: defaultdict[tuple, dict[str, list[Tensor]]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        counts = [local.numel() - torch.count_nonzero(local)]
+        if near_zero is not None:
+            counts.append(torch.count_nonzero(local.abs() < near_zero) - counts[0])
+        sharding = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+        batches[local.device, sharding][name] = counts
+    values: dict[str, list[int]] = {}
+    for (_, sharding), batch in batches.items():
+        stacked = torch.stack([count for counts in batch.values() for count in counts])
+        if sharding is not None:
+            mesh, placements = sharding
+            partial = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+            stacked = DTensor.from_local(stacked, mesh, partial).full_tensor()
+        flat = iter(stacked.tolist())
+        values.update({name: [next(flat) for _ in counts] for name, counts in batch.items()})
+    return [
+        TensorCount(
+            name=name,
+            elements=tensor.numel(),
+            zeros=values[name][0],
+            near_zeros=values[name][1] if near_zero is not None else None,
+            decayed=name in decayed,
+        )
+        for name, tensor in tensors.items()
+    ]
+
+
+def count_model_zeros(
+    model: nn.Module, decayed: Collection[str] = (), near_zero: float | None = None
+) -> list[TensorCount]:
+    """Count the zeros of every parameter of a model, frozen ones included and tied ones once; see `count_zeros`."""
+    return count_zeros(dict(model.named_parameters()), decayed, near_zero)
+
+
+def summarize(counts: Iterable[TensorCount]) -> dict[str, float | int]:
+    """Reduce counts to the two shares of exact zeros, over the decayed weights and over all, and their sizes."""
+    counts = list(counts)
+    decayed = [c for c in counts if c.decayed]
+    decayed_parameters, total_parameters = sum(c.elements for c in decayed), sum(c.elements for c in counts)
+    return {
+        "sparsity": sum(c.zeros for c in decayed) / decayed_parameters if decayed_parameters else 0.0,
+        "sparsity_total": sum(c.zeros for c in counts) / total_parameters if total_parameters else 0.0,
+        "decayed_parameters": decayed_parameters,
+        "total_parameters": total_parameters,
+    }

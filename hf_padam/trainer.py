@@ -1,0 +1,133 @@
+"""A Trainer that reports token-exact perplexity and weight sparsity, and its arguments with PAdam's options typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import OptimizerNames
+
+from .backends import CHOICES
+from .metrics import Perplexity, WeightSparsity, sequence_nll
+from .param_groups import decayed_parameters
+from .registration import NAME, OPTIONS, optimizer_options
+
+
+@dataclass
+class PAdamTrainingArguments(TrainingArguments):
+    """TrainingArguments with "padam" as the default optimizer and its options as typed fields.
+
+    The fields are the keys that a plain `TrainingArguments` takes in `optim_args`.
+
+    Raises:
+        ValueError: On an option out of range, before anything is loaded.
+    """
+
+    optim: OptimizerNames | str = field(
+        default=NAME, metadata={"help": "The optimizer: padam, or any other name that Transformers knows."}
+    )
+    p_norm: float = field(
+        default=OPTIONS["p_norm"].default,
+        metadata={
+            "help": "p of the norm whose decay is applied. Below 2 it makes zeros, below 1 the sparsest models."
+        },
+    )
+    lambda_p: float = field(
+        default=OPTIONS["lambda_p"].default,
+        metadata={"help": "Strength of the p-norm decay. More makes more zeros; 0 turns it off."},
+    )
+    decay_embeddings: bool = field(
+        default=OPTIONS["decay_embeddings"].default,
+        metadata={"help": "Decay embeddings and the output head too, which are left out otherwise."},
+    )
+    backend: str = field(
+        default=OPTIONS["backend"].default,
+        metadata={"help": "How the update runs. auto picks the fastest available.", "choices": list(CHOICES)},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The Trainer would take the largest perplexity for the best one.
+        best = self.metric_for_best_model
+        if best is not None and best.endswith("perplexity"):
+            self.greater_is_better = False
+        if self.optim == NAME:
+            optimizer_options(self)
+
+
+class PAdamTrainer(Trainer):
+    """A Trainer whose evaluations report perplexity and sparsity, and whose training logs report sparsity.
+
+    * ``eval_perplexity`` is exp(summed NLL / predicted tokens), exact across batches of unequal length, ``-100``
+      labels and processes. (``exp(eval_loss)`` is not: `eval_loss` is the Trainer's mean of batch means.)
+    * ``eval_sparsity`` is the share of exact zeros among the weights that the p-norm decay acts on;
+      ``eval_sparsity_total`` that among all parameters, frozen ones included and each tied weight counted once.
+
+    Both sparsities are also in the training logs, so they reach whatever `report_to` names. Works with any optimizer.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._nll: list[Tensor] = []
+        self._tokens: list[Tensor] = []
+
+    def decayed_names(self) -> list[str]:
+        """Return the names of the weights that the p-norm decay acts on, or would with `optim="padam"`."""
+        if self.args.optim == NAME:
+            decay_embeddings = optimizer_options(self.args)["decay_embeddings"]
+        else:
+            decay_embeddings = getattr(self.args, "decay_embeddings", False)
+        targets = self.args.optim_target_modules
+        assert self.model is not None  # the Trainer has one from its constructor on
+        return list(decayed_parameters(self.model, decay_embeddings=decay_embeddings, target_modules=targets))
+
+    def sparsity(self) -> dict[str, float]:
+        """Return the shares of exact zeros: `sparsity` of the decayed weights, `sparsity_total` of the model."""
+        summary = WeightSparsity().compute(model=self.model, decayed=self.decayed_names())
+        return {key: summary[key] for key in ("sparsity", "sparsity_total")}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add sparsity to every log of training progress."""
+        if "loss" in logs:
+            logs |= self.sparsity()
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Evaluate one batch, and keep its summed NLL and token count for the perplexity."""
+        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        scores = logits[0] if isinstance(logits, tuple) else logits
+        if isinstance(labels, Tensor) and isinstance(scores, Tensor) and scores.shape[:-1] == labels.shape:
+            is_causal = not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+            nll, tokens = self.accelerator.gather_for_metrics(sequence_nll(scores, labels, shift=is_causal))
+            self._nll.append(nll)
+            self._tokens.append(tokens)
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Run the evaluation and add perplexity and sparsity to its metrics."""
+        self._nll, self._tokens = [], []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics = self.sparsity()
+        if self._nll:
+            nll, tokens = torch.cat(self._nll).tolist(), torch.cat(self._tokens).tolist()
+            metrics["perplexity"] = Perplexity().compute(predictions=nll, references=tokens)["perplexity"]
+        prefixed = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        return output._replace(metrics={**(output.metrics or {}), **prefixed})
