@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "run",
         help='run an unmodified training script with optim="padam" registered',
         description="Run a training script as python would, after registering the optimizer name padam. The script "
-        "needs no change: anything that parses TrainingArguments takes --optim padam --optim_args p_norm=0.8,lambda_p=0.5.",
+        "needs no change: what parses TrainingArguments takes --optim padam --optim_args p_norm=0.8,lambda_p=0.5.",
     )
     run.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module, as in python -m")
     run.add_argument("script", metavar="SCRIPT", help="a Python file, or a module with -m")

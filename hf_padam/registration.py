@@ -140,7 +140,7 @@ def build_optimizer(
 
 
 class _Factory:
-    """Called by the Trainer as ``_Factory()(model, **options)``: being no Optimizer class, it builds its own groups."""
+    """Called by the Trainer as ``_Factory()(model, **options)``, for it is not an Optimizer class."""
 
     def __call__(self, model: nn.Module, **options: Any) -> PAdam:
         return build_optimizer(model, **options)
