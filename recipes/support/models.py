@@ -1,0 +1,83 @@
+"""Load a causal language model and its tokenizer from the Hub, a directory, a GGUF file or a package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import wheels
+from .arguments import ModelArguments
+from .errors import UsageError
+
+
+def load_model_and_tokenizer(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load what the arguments name.
+
+    Raises:
+        UsageError: If there is no such model, or it cannot be read or reached.
+    """
+    name = args.model_name_or_path
+    if not name:
+        raise UsageError("no model: give --model_name_or_path (a Hub id, a directory, a .gguf file, or pypi:NAME)")
+    if name.startswith(wheels.PREFIX):
+        name = str(wheels.model_file(name))
+    options: dict[str, Any] = {}
+    if name.endswith(".gguf"):
+        file = Path(name)
+        if not file.is_file():
+            raise UsageError(f"--model_name_or_path {name} does not exist")
+        name, options["gguf_file"] = str(file.parent), file.name
+    elif Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise UsageError(f"--model_name_or_path {name} is a directory without a config.json: not a saved model")
+    else:
+        options |= {"revision": args.model_revision, "token": args.token, "cache_dir": args.cache_dir}
+    options["trust_remote_code"] = args.trust_remote_code
+    try:
+        tokenizer_options = {k: v for k, v in options.items() if k != "gguf_file" or not args.tokenizer_name}
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or name, **tokenizer_options)
+        dtype: Any = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+        if "gguf_file" in options:
+            model = _load_gguf(name, torch.float32 if args.dtype == "auto" else dtype, options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    except ImportError as error:
+        raise UsageError(f"--model_name_or_path {args.model_name_or_path} needs another package: {error}") from error
+    except Exception as error:  # the loaders raise whatever their file format's library raises
+        raise UsageError(_explain(args.model_name_or_path or "", error)) from error
+    embeddings = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    if len(tokenizer) > embeddings:
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model only {embeddings} embeddings: they do not "
+            "belong together. Check --tokenizer_name"
+        )
+    return model, tokenizer
+
+
+def _load_gguf(directory: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+    """Load a GGUF file as an ordinary dense model: the loader marks it as quantized, which cannot be trained."""
+    if hasattr(transformers, "GgufConfig"):
+        options = {**options, "quantization_config": transformers.GgufConfig(dequantize=True)}
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    return model
+
+
+def _explain(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    message = f"the model {name!r} could not be loaded: {reason}"
+    if isinstance(error, OSError) and not Path(name).exists() and not name.startswith(wheels.PREFIX):
+        message += (
+            "\nIt is not a local directory or file, so it was looked up on the Hugging Face Hub. Check the spelling "
+            "and the connection; without one, give a local directory, a .gguf file, or pypi:smollm2-135m-instruct"
+        )
+    return message
