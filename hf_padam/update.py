@@ -97,7 +97,12 @@ def prepare(
     )
 
 
-def inverse_factor(weight: Tensor, scalars: Scalars, power: Callable[[Tensor, float], Tensor] = torch.pow) -> Tensor:
+def exact_power(x: Tensor, y: float) -> Tensor:
+    """Return ``x ** y``, in fp64: an exponent rounded to fp32 would be felt, its error being magnified by log(x)."""
+    return torch.pow(x.double(), y).to(x.dtype)
+
+
+def inverse_factor(weight: Tensor, scalars: Scalars, power: Callable[[Tensor, float], Tensor] = exact_power) -> Tensor:
     """Return ``1 / r(weight) = 1 + lr * lambda_2 + lr * lambda_p * |weight|^(p - 2)``, infinite where ``r`` is zero.
 
     Args:
@@ -127,7 +132,7 @@ def update_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     scalars: Scalars,
-    power: Callable[[Tensor, float], Tensor] = torch.pow,
+    power: Callable[[Tensor, float], Tensor] = exact_power,
 ) -> None:
     """Take one PAdam step on one tensor, in place.
 

@@ -15,14 +15,11 @@ The flags are those of Hugging Face's run_clm.py and of TrainingArguments; a YAM
 
 from __future__ import annotations
 
-import math
-import shlex
-import sys
 import time
 
 import torch
 from support import report
-from support.arguments import DataArguments, ModelArguments, check_output_dir, parse_arguments, save_config
+from support.arguments import DataArguments, ModelArguments, check_output_dir, parse_arguments
 from support.data import load_blocks
 from support.errors import UsageError, reports_usage_errors
 from support.models import load_model_and_tokenizer
@@ -92,37 +89,22 @@ def main() -> None:
         trainer.save_model(str(staging))
     if not trainer.is_world_process_zero():
         return
-    save_config(output_dir / "run_config.yaml", model_args, data_args, args)
     block_size = len(next(iter(splits["train"]))["input_ids"])
     tokens = trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * block_size
-    results, counts = report.gather_results(
+    report.conclude(
+        output_dir,
         trainer.accelerator.unwrap_model(trainer.model),
         decayed,
-        validation_loss=math.log(validation["validation_perplexity"]),
+        title=f"{model_args.model_name_or_path} fine-tuned with {args.optim.value}",
+        before=before,
+        history=trainer.state.log_history,
+        arguments=(model_args, data_args, args),
         validation_perplexity=validation["validation_perplexity"],
-        test_loss=math.log(test["test_perplexity"]),
         test_perplexity=test["test_perplexity"],
         test_perplexity_before=test_before["test_before_perplexity"],
         train_steps=trainer.state.global_step,
         train_tokens_per_second=tokens * args.world_size / timer.seconds if timer.seconds else 0.0,
         seed=args.seed,
-        hardware=report.hardware(),
-    )
-    report.write_report(
-        output_dir,
-        report.Run(
-            title=f"{model_args.model_name_or_path} fine-tuned with {args.optim.value}",
-            results=results,
-            history=trainer.state.log_history,
-            before=before,
-            after=report.Magnitudes.of(model, decayed),
-            counts=counts,
-            command=f"python {shlex.quote(sys.argv[0])} {shlex.quote(str(output_dir / 'run_config.yaml'))}",
-            sources={
-                "model": str(model_args.model_name_or_path),
-                "text": str(data_args.dataset_name or data_args.train_file),
-            },
-        ),
     )
 
 

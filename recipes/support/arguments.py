@@ -212,5 +212,13 @@ def save_config(path: Path, *parsed: Any) -> None:
     write_atomically(path, yaml.safe_dump(config, sort_keys=False))
 
 
-_NOT_OPTIONS = {"local_rank", "token", "hub_token", "push_to_hub_token", "logging_dir", "disable_tqdm"}
+_NOT_OPTIONS = {
+    "resume_from_checkpoint",
+    "local_rank",
+    "token",
+    "hub_token",
+    "push_to_hub_token",
+    "logging_dir",
+    "disable_tqdm",
+}
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import platform
 import re
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from torch import nn
 import hf_padam
 from hf_padam.files import staged, write_atomically
 from hf_padam.sparsity import NEAR_ZERO, TensorCount, count_model_zeros, summarize
+
+from .arguments import save_config
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
@@ -63,11 +67,11 @@ class Magnitudes:
 
 @dataclass
 class Run:
-    """Everything that the report shows of one run."""
+    """Everything that the report shows of one run; see `conclude`."""
 
     title: str
     results: dict[str, Any]
-    history: list[dict[str, Any]]  # rows with "step" and any of "loss", "sparsity", "eval_perplexity"
+    history: list[dict[str, Any]]
     before: Magnitudes
     after: Magnitudes
     counts: list[TensorCount]
@@ -106,21 +110,56 @@ def write_report(directory: Path, run: Run) -> None:
     print(f"Model, results.json, report.md and pictures are in {directory}")
 
 
-def gather_results(model: nn.Module, decayed: list[str], **values: Any) -> tuple[dict[str, Any], list[TensorCount]]:
-    """Complete the results of a run with the counts of its final weights.
+def conclude(
+    directory: Path,
+    model: nn.Module,
+    decayed: list[str],
+    *,
+    title: str,
+    before: Magnitudes,
+    history: list[dict[str, Any]],
+    arguments: tuple[Any, ...],
+    **values: Any,
+) -> None:
+    """Complete the results of a run with the counts of its final weights, then write everything.
 
     Args:
+        directory: The run's output directory.
         model: The model as it was saved.
         decayed: Names of its decayed weights.
-        values: The other `RESULT_KEYS`, and whatever else is worth keeping.
-
-    Returns:
-        The results, and the counts behind them.
+        title: Heads the table and the report.
+        before: The decayed weights before training.
+        history: Rows with "step" and any of "loss", "sparsity", "eval_perplexity".
+        arguments: The parsed arguments, of models and data first; they are saved as `run_config.yaml`.
+        values: Perplexities and the other `RESULT_KEYS`; the losses follow from the perplexities.
     """
+    config = directory / "run_config.yaml"
+    save_config(config, *arguments)
     counts = count_model_zeros(model, decayed, near_zero=NEAR_ZERO)
-    near_zeros = sum(c.near_zeros or 0 for c in counts if c.decayed)
-    results = {**values, **summarize(counts), "near_zeros": near_zeros, "near_zero_threshold": NEAR_ZERO}
-    return results, counts
+    results = {
+        "validation_loss": math.log(values["validation_perplexity"]),
+        "test_loss": math.log(values["test_perplexity"]),
+        **values,
+        **summarize(counts),
+        "near_zeros": sum(c.near_zeros or 0 for c in counts if c.decayed),
+        "near_zero_threshold": NEAR_ZERO,
+        "hardware": hardware(),
+    }
+    model_args, data_args = arguments[:2]
+    run = Run(
+        title=title,
+        results=results,
+        history=history,
+        before=before,
+        after=Magnitudes.of(model, decayed),
+        counts=counts,
+        command=f"python {shlex.quote(sys.argv[0])} {shlex.quote(str(config))}",
+        sources={
+            "model": str(model_args.model_name_or_path),
+            "text": str(data_args.dataset_name or data_args.train_file),
+        },
+    )
+    write_report(directory, run)
 
 
 def hardware() -> str:
