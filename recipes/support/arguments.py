@@ -117,7 +117,7 @@ def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]
         description=description,
         usage="%(prog)s [CONFIG.yaml|CONFIG.json] [--option value ...]",
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--help_all", action="help", help="show every training option that Transformers has, and exit")
     known = {f.name for kind in dataclass_types for f in dataclasses.fields(kind) if f.init}
@@ -133,6 +133,16 @@ def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]
         name = remaining[0].split("=")[0]
         raise UsageError(f"unknown option {name}{_suggest(name.lstrip('-'), known, '--')}. --help lists the options")
     return tuple(parsed)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Name each option once, without its spellings and placeholders, so that help fits on the line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return ", ".join(option for option in action.option_strings if "-" not in option[2:]) or "CONFIG"
 
 
 def _shorten_help(parser: HfArgumentParser) -> None:

@@ -1,0 +1,243 @@
+"""Tiny training runs, one for each way that people train; and what PAdamTrainer adds."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, blocks, character_tokenizer, tiny_llama
+from datasets import Dataset
+from torch import nn
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments, decayed_parameters, get_param_groups
+
+OPTIM_ARGS = "p_norm=0.5,lambda_p=0.3"
+
+
+def options(tmp_path, **more) -> dict:
+    return {
+        "output_dir": str(tmp_path), "optim": "padam", "optim_args": OPTIM_ARGS, "learning_rate": 3e-3,
+        "max_steps": 20, "per_device_train_batch_size": 4, "logging_steps": 5, "save_strategy": "no",
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+    } | more  # fmt: skip
+
+
+def check_outcome(model: nn.Module, embeddings_decay: bool = False) -> None:
+    """Every trainable tensor moved; zeros appeared among the decayed weights and nowhere else."""
+    decayed = decayed_parameters(model, decay_embeddings=embeddings_decay)
+    for (name, param), start in zip(model.named_parameters(), tiny_llama().parameters(), strict=True):
+        assert not torch.equal(param, start), f"{name} did not change"
+        assert bool((param == 0).any()) == (name in decayed), name
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def with_plain_trainer(tmp_path):
+    trainer = Trainer(model=tiny_llama(), args=TrainingArguments(**options(tmp_path)), train_dataset=blocks())
+    trainer.train()
+    return trainer
+
+
+def with_padam_trainer(tmp_path):
+    args = PAdamTrainingArguments(**options(tmp_path, optim_args=None, p_norm=0.5, lambda_p=0.3))
+    trainer = PAdamTrainer(model=tiny_llama(), args=args, train_dataset=blocks(), eval_dataset=blocks(9, 17))
+    trainer.train()
+    return trainer
+
+
+def with_command_line(tmp_path):
+    line = [f"--{key}={value}" for key, value in options(tmp_path).items()]
+    (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(line)
+    trainer = Trainer(model=tiny_llama(), args=args, train_dataset=blocks())
+    trainer.train()
+    return trainer
+
+
+def with_sft_trainer(tmp_path):
+    from trl import SFTConfig, SFTTrainer
+
+    # TRL saves no memory here and its default precision is bf16.
+    args = SFTConfig(**options(tmp_path, bf16=False, max_length=32, gradient_checkpointing=False))
+    rows = Dataset.from_dict({"text": [f"Line {i}: a fox, {i} dogs." for i in range(40)]})
+    tokenizer = character_tokenizer()
+    trainer = SFTTrainer(model=tiny_llama(), args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "train", [with_plain_trainer, with_padam_trainer, with_command_line, with_sft_trainer], ids=lambda f: f.__name__
+)
+def test_a_short_run_trains_everything_and_makes_zeros_where_it_should(tmp_path, train):
+    trainer = train(tmp_path)
+    assert isinstance(trainer.optimizer.optimizer, PAdam)
+    check_outcome(trainer.model)
+
+
+def test_a_loop_without_trainer_does_the_same():
+    model = tiny_llama()
+    optimizer = PAdam(get_param_groups(model, p_norm=0.5, lambda_p=0.3), lr=3e-3)
+    batch = {key: torch.tensor([row[key] for row in blocks(4)]) for key in ("input_ids", "labels")}
+    for _ in range(20):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    check_outcome(model)
+
+
+def test_embeddings_decay_when_asked(tmp_path):
+    args = TrainingArguments(**options(tmp_path, optim_args=OPTIM_ARGS + ",decay_embeddings=true"))
+    trainer = Trainer(model=tiny_llama(), args=args, train_dataset=blocks())
+    trainer.train()
+    check_outcome(trainer.model, embeddings_decay=True)
+
+
+def test_trls_own_script_runs_unmodified(tmp_path, model_dir):
+    """`hf-padam run -m trl.scripts.sft`, on a local model and a local dataset."""
+    data = tmp_path / "data"
+    data.mkdir()
+    Dataset.from_dict({"text": [f"Line {i}: a fox, {i} dogs." for i in range(40)]}).to_json(data / "train.jsonl")
+    flags = options(tmp_path / "out", max_length=32, bf16=False)
+    line = [f"--{key}={value}" for key, value in flags.items()]
+    command = [sys.executable, "-m", "hf_padam", "run", "-m", "trl.scripts.sft"]
+    command += [f"--model_name_or_path={model_dir}", f"--dataset_name={data}", *line]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all((p == 0).any() for p in decayed_parameters(model).values())
+
+
+def test_lora_runs_end_in_the_error_that_explains(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def run(**more):
+        model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+        Trainer(model=model, args=TrainingArguments(**options(tmp_path, **more)), train_dataset=blocks()).train()
+
+    with pytest.raises(ValueError, match="PEFT adapters are left out"):
+        run()
+    with pytest.raises(ValueError, match="lora_B.*all zeros"):
+        run(optim_target_modules=["lora_"])
+    run(optim_target_modules=["lora_A"])
+
+
+def ragged(batch_sizes=(3, 2, 4)):
+    """Batches of unequal lengths with masked labels, and their summed NLL and token count under a model."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i, _ in enumerate(range(sum(batch_sizes))):
+        length = 5 + 3 * (i % 4)
+        ids = torch.randint(2, 90, (length,), generator=generator).tolist()
+        labels = [token if j > i % 3 else -100 for j, token in enumerate(ids)]
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def pad(rows):
+    longest = max(len(row["input_ids"]) for row in rows)
+    return {
+        "input_ids": torch.tensor([row["input_ids"] + [1] * (longest - len(row["input_ids"])) for row in rows]),
+        "attention_mask": torch.tensor(
+            [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+        ),
+        "labels": torch.tensor([row["labels"] + [-100] * (longest - len(row["labels"])) for row in rows]),
+    }
+
+
+@pytest.mark.parametrize("eval_batch_size", [1, 2, 4, 16])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_perplexity_is_exact_on_ragged_batches(tmp_path, eval_batch_size, label_smoothing):
+    rows, model = ragged(), tiny_llama()
+    nll, tokens = 0.0, 0
+    for row in rows:
+        with torch.no_grad():
+            scores = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double().log_softmax(-1)
+        for i, label in enumerate(row["labels"][1:]):
+            if label != -100:
+                nll -= scores[i, label].item()
+                tokens += 1
+    args = PAdamTrainingArguments(
+        **options(tmp_path, per_device_eval_batch_size=eval_batch_size, label_smoothing_factor=label_smoothing)
+    )
+    trainer = PAdamTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=pad)
+    metrics = trainer.evaluate()
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-6)
+    assert metrics["eval_sparsity"] == metrics["eval_sparsity_total"] == 0.0
+    assert trainer.predict(rows).metrics["test_perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-6)
+
+
+def test_evaluations_and_logs_carry_perplexity_and_sparsity(tmp_path):
+    trainer = with_padam_trainer(tmp_path)
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["step"] for row in logs] == [5, 10, 15, 20]
+    sparsities = [row["sparsity"] for row in logs]
+    assert sparsities == sorted(sparsities) and sparsities[-1] > 0.01
+    assert all(0 <= row["sparsity_total"] < row["sparsity"] for row in logs if row["sparsity"])
+    metrics = trainer.evaluate()
+    assert metrics["eval_sparsity"] == pytest.approx(sparsities[-1])
+    assert metrics["eval_perplexity"] > 1
+    by_name = trainer.evaluate({"a": blocks(3), "b": blocks(4)})
+    assert "eval_a_perplexity" in by_name and "eval_b_sparsity" in by_name
+
+
+def test_metrics_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = PAdamTrainingArguments(**options(tmp_path, report_to="tensorboard", optim_args=None))
+    PAdamTrainer(model=tiny_llama(), args=args, train_dataset=blocks()).train()
+    files = list(tmp_path.rglob("events.out.tfevents*"))
+    scalars = [tag for file in files for tag in EventAccumulator(str(file)).Reload().Tags()["scalars"]]
+    assert "train/sparsity" in scalars and "train/sparsity_total" in scalars
+
+
+def test_the_smallest_perplexity_is_the_best(tmp_path):
+    args = PAdamTrainingArguments(**options(tmp_path, metric_for_best_model="perplexity"))
+    assert args.greater_is_better is False
+
+
+def test_accumulated_and_whole_batches_train_alike(tmp_path):
+    """1 x 8 sequences and 8 x 1, through the Trainer: the same weights up to rounding."""
+    models = []
+    for batch, accumulation in ((8, 1), (1, 8)):
+        more = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 5}
+        args = TrainingArguments(**options(tmp_path, **more))
+        trainer = Trainer(model=tiny_llama(), args=args, train_dataset=blocks())
+        trainer.train()
+        models.append(trainer.model)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        # Adam turns rounding of tiny gradients into differences of a few lr; all but a few weights agree closely.
+        assert ((a - b).abs() < 1e-4).float().mean() > 0.99
+
+
+def test_counting_is_a_small_part_of_a_step():
+    """Counting reads the weights once; a training step reads them dozens of times."""
+    import time
+
+    from hf_padam import WeightSparsity
+
+    model = tiny_llama(hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
+    ids = torch.randint(2, 90, (8, 128))
+    optimizer = PAdam(get_param_groups(model), lr=1e-4, backend="eager")
+    names = decayed_parameters(model)
+
+    def seconds(function, repeats):
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[repeats // 2]
+
+    def train():
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert seconds(lambda: WeightSparsity().compute(model=model, decayed=names), 9) < 0.05 * seconds(train, 3)
