@@ -31,6 +31,10 @@ class PAdamTrainingArguments(TrainingArguments):
     optim: OptimizerNames | str = field(
         default=NAME, metadata={"help": "The optimizer: padam, or any other name that Transformers knows."}
     )
+    optim_target_modules: None | str | list[str] = field(
+        default=None,
+        metadata={"help": "Narrow the decay to these modules: all-linear, a regular expression, or parts of names."},
+    )
     p_norm: float = field(
         default=OPTIONS["p_norm"].default,
         metadata={

@@ -93,7 +93,7 @@ class DataArguments:
 COMMON = """
 output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size
 gradient_accumulation_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler_type
-warmup_steps bf16 gradient_checkpointing logging_steps eval_strategy eval_steps save_strategy save_steps
+warmup_steps bf16 activation_checkpointing logging_steps eval_strategy eval_steps save_strategy save_steps
 report_to run_name seed use_cpu resume_from_checkpoint optim optim_args optim_target_modules p_norm lambda_p
 decay_embeddings backend
 """.split()
