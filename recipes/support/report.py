@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import re
 import shlex
 import sys
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +100,8 @@ def write_report(directory: Path, run: Run) -> None:
     rows = _rows(run)
     write_atomically(directory / "report.md", _markdown(run, rows))
     # Last: whoever finds results.json finds all the rest.
-    with staged(directory / "results.json") as temporary:
-        evaluate.save(temporary, **run.results)
+    stamp = {"_timestamp": datetime.now().astimezone().isoformat(timespec="seconds"), "_versions": versions()}
+    write_atomically(directory / "results.json", json.dumps(run.results | stamp, indent=1) + "\n")
     table = Table(title=run.title)
     table.add_column("")
     table.add_column("before", justify="right")
@@ -169,6 +171,12 @@ def hardware() -> str:
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}"
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape a run."""
+    modules = (torch, transformers, datasets, accelerate, evaluate, hf_padam)
+    return {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules}
+
+
 def _rows(run: Run) -> list[tuple[str, str, str]]:
     r = run.results
     before_sparsity = run.before.zeros / run.before.elements
@@ -177,11 +185,7 @@ def _rows(run: Run) -> list[tuple[str, str, str]]:
         ("validation perplexity", "", f"{r['validation_perplexity']:.2f}"),
         ("zeros among the decayed weights", f"{before_sparsity:.2%}", f"{r['sparsity']:.2%}"),
         ("zeros among all weights", "", f"{r['sparsity_total']:.2%}"),
-        (
-            f"non-zero, but below {NEAR_ZERO:g}, among the decayed",
-            "",
-            f"{r['near_zeros'] / r['decayed_parameters']:.2%}",
-        ),
+        (f"decayed weights below {NEAR_ZERO:g}, not zero", "", f"{r['near_zeros'] / r['decayed_parameters']:.2%}"),
         ("decayed weights / all weights", "", f"{r['decayed_parameters']:,} / {r['total_parameters']:,}"),
         ("training steps", "", f"{r['train_steps']:,}"),
         ("training tokens per second", "", f"{r['train_tokens_per_second']:,.0f}"),
@@ -189,17 +193,10 @@ def _rows(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _markdown(run: Run, rows: list[tuple[str, str, str]]) -> str:
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
-        "accelerate": accelerate.__version__,
-        "hf_padam": hf_padam.__version__,
-    }
     lines = [f"# {run.title}", "", "| | before | after |", "|---|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", *(f"- {key}: {value}" for key, value in run.sources.items())]
-    lines += [f"- hardware: {hardware()}", f"- versions: {', '.join(f'{k} {v}' for k, v in versions.items())}"]
+    lines += [f"- hardware: {hardware()}", f"- versions: {', '.join(f'{k} {v}' for k, v in versions().items())}"]
     lines += ["", "Repeat this run:", "", f"    {run.command}", ""]
     for picture, caption in (
         ("training.png", "Loss and sparsity over the training steps"),
