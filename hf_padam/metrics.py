@@ -1,13 +1,15 @@
-"""Perplexity and weight sparsity as `evaluate` modules; they need neither the Hub nor a cache on disk."""
+"""Perplexity and weight sparsity as `evaluate` modules; they need no Hub."""
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Collection
 from typing import Any
 
 import datasets
 import evaluate
+import torch
 from torch import Tensor, nn
 
 from .sparsity import TensorCount, count_model_zeros, summarize
@@ -22,12 +24,17 @@ def sequence_nll(logits: Tensor, labels: Tensor, *, shift: bool = True) -> tuple
         shift: Whether position i predicts label i + 1, as in causal models, rather than label i.
 
     Returns:
-        NLL in nats, fp64, and counts, int64; both of shape (batch,).
+        NLL in nats, in fp64 where the device has it, and counts, int64; both of shape (batch,).
     """
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
     losses = nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=-100, reduction="none")
-    return losses.double().sum(dim=1), labels.ne(-100).sum(dim=1)
+    precise = torch.float32 if losses.device.type == "mps" else torch.float64
+    return losses.sum(dim=1, dtype=precise), labels.ne(-100).sum(dim=1)
+
+
+# evaluate makes a cache directory even for modules that work in memory; the default one may not be writable.
+_IN_MEMORY = {"keep_in_memory": True, "cache_dir": tempfile.gettempdir()}
 
 
 class Perplexity(evaluate.Metric):
@@ -37,8 +44,8 @@ class Perplexity(evaluate.Metric):
     from `sequence_nll`. ``compute`` returns ``perplexity``, ``loss`` (mean NLL per token, in nats) and ``tokens``.
     """
 
-    def __init__(self, *args: Any, keep_in_memory: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, keep_in_memory=keep_in_memory, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **_IN_MEMORY | kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -57,7 +64,7 @@ class Perplexity(evaluate.Metric):
                 "perplexity is undefined: no token was predicted (every label is -100, or no sequence has two tokens)"
             )
         loss = math.fsum(predictions) / tokens
-        return {"perplexity": math.exp(loss) if loss < 700 else math.inf, "loss": loss, "tokens": tokens}
+        return {"perplexity": math.inf if loss > 700 else math.exp(loss), "loss": loss, "tokens": tokens}
 
 
 class WeightSparsity(evaluate.Measurement):
@@ -68,8 +75,8 @@ class WeightSparsity(evaluate.Measurement):
     ``decayed_parameters`` and ``total_parameters``.
     """
 
-    def __init__(self, *args: Any, keep_in_memory: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, keep_in_memory=keep_in_memory, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **_IN_MEMORY | kwargs)
 
     def _info(self) -> evaluate.MeasurementInfo:
         row = {
@@ -96,10 +103,7 @@ class WeightSparsity(evaluate.Measurement):
             kwargs: ``data``, in place of a model.
         """
         if model is not None:
-            counts = count_model_zeros(model, decayed)
-            kwargs["data"] = [
-                {"name": c.name, "elements": c.elements, "zeros": c.zeros, "decayed": c.decayed} for c in counts
-            ]
+            return summarize(count_model_zeros(model, decayed))
         return super().compute(**kwargs)
 
     def _compute(self, data: list[dict[str, Any]]) -> dict[str, float | int]:

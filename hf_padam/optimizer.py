@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from . import backends
+from .sparsity import count_zeros
 from .update import prepare
 
 DEFAULT_P_NORM = 0.8
@@ -102,7 +103,8 @@ class PAdam(Optimizer):
                     f"parameter {name} has dtype {param.dtype}; PAdam updates real floating-point tensors only: "
                     "view complex parameters as real ones with torch.view_as_real, leave others out"
                 )
-            if absorbing and _starts_at_zero(param):
+            backends.check(self.backend, param.device)
+            if absorbing and param.requires_grad and _starts_at_zero(param):
                 raise ValueError(
                     f"parameter {name}, of shape {tuple(param.shape)}, is all zeros. Under a p-norm decay with "
                     "p < 2 zero is absorbing, so it would never train (biases, LoRA's B matrices and zero-initialised "
@@ -136,12 +138,11 @@ class PAdam(Optimizer):
                         "Set sparse=False on the embedding, or use torch.optim.SparseAdam for it."
                     )
                 elements[param.device] += param.numel()
+        selected = {device: backends.select(self.backend, device, count) for device, count in elements.items()}
         for group, params in active:
             hyperparameters = {name: group[name] for name in HYPERPARAMETERS} | {"lr": float(group["lr"])}
             for number, tensors in self._buckets(params):
-                device = tensors[0][0].device
-                backend = backends.select(self.backend, device, elements[device])
-                backend.step(*tensors, prepare(number, **hyperparameters))
+                selected[tensors[0][0].device].step(*tensors, prepare(number, **hyperparameters))
         return loss
 
     def _buckets(self, params: list[Tensor]) -> list[tuple[int, tuple[list[Tensor], ...]]]:
@@ -155,7 +156,11 @@ class PAdam(Optimizer):
                 for name in _STATE:
                     state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["step"] += 1
-            tensors = [_local(t) for t in (param, param.grad, state["exp_avg"], state["exp_avg_sq"])]  # type: ignore[arg-type]
+            grad = param.grad
+            if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
+                # E.g. a replicated weight under sequence parallelism: its gradient is a partial sum until reduced.
+                grad = grad.redistribute(placements=param.placements)
+            tensors = [_local(t) for t in (param, grad, state["exp_avg"], state["exp_avg_sq"])]  # type: ignore[arg-type]
             key = (int(state["step"]), param.device, *(t.dtype for t in tensors))
             for values, tensor in zip(buckets[key], tensors, strict=True):
                 values.append(tensor)
@@ -179,6 +184,10 @@ class PAdam(Optimizer):
             for name, value in seen["state"].get(saved_id, {}).items():
                 if name in _STATE and value.dtype != self.state[param][name].dtype:
                     self.state[param][name] = value.to(device=param.device, copy=True)
+                elif name == "step":
+                    self.state[param][name] = (
+                        value.float().cpu().clone()
+                    )  # on a GPU, reading it would wait for the GPU
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -187,9 +196,11 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _starts_at_zero(param: Tensor) -> bool:
-    """Whether a parameter that is held here in full is all zeros. Shards and storage-less tensors cannot be judged."""
-    held_in_full = not (isinstance(param, DTensor) or param.is_meta or hasattr(param, "_fsdp_flattened"))
-    return held_in_full and param.numel() > 0 and not bool(param.detach().any())
+    """Whether all of a parameter, over all shards, is zero. FSDP1's shards and meta tensors cannot be judged."""
+    if param.numel() == 0 or param.is_meta or hasattr(param, "_fsdp_flattened"):
+        return False
+    (count,) = count_zeros({"": param.detach()})
+    return count.zeros == count.elements
 
 
 def check_hyperparameters(values: dict[str, Any]) -> None:

@@ -167,7 +167,7 @@ def register() -> None:
     if not Version("5.4") <= Version(version.base_version) < Version("6"):
         raise ImportError(
             f"hf_padam cannot register with transformers {version}: it supports {SUPPORTED}. "
-            f'Install a supported version (pip install "{SUPPORTED}"), or use hf_padam.optimizer.PAdam directly.'
+            f'Install a supported version: pip install "{SUPPORTED}".'
         )
     from transformers import trainer, trainer_optimizer
 

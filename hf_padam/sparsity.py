@@ -30,6 +30,27 @@ class TensorCount:
         return self.zeros / self.elements if self.elements else 0.0
 
 
+def local_shard(tensor: Tensor) -> tuple[Tensor, tuple | None]:
+    """Return the part of a tensor that is held here, and how the tensor is sharded (None where it is not)."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local(), (tensor.device_mesh, tensor.placements)
+    return tensor, None
+
+
+def sum_over_shards(values: Tensor, sharding: tuple | None) -> Tensor:
+    """Add up values that were each computed from one shard; every rank gets the sum.
+
+    Args:
+        values: Any shape, the same on every rank.
+        sharding: From `local_shard`.
+    """
+    if sharding is None:
+        return values
+    mesh, placements = sharding
+    partial = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+    return DTensor.from_local(values, mesh, partial).full_tensor()
+
+
 @torch.no_grad()
 def count_zeros(
     tensors: Mapping[str, Tensor], decayed: Collection[str] = (), near_zero: float | None = None
@@ -46,20 +67,15 @@ def count_zeros(
     """
     batches: defaultdict[tuple, dict[str, list[Tensor]]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local, sharding = local_shard(tensor)
         counts = [local.numel() - torch.count_nonzero(local)]
         if near_zero is not None:
             counts.append(torch.count_nonzero(local.abs() < near_zero) - counts[0])
-        sharding = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
         batches[local.device, sharding][name] = counts
     values: dict[str, list[int]] = {}
     for (_, sharding), batch in batches.items():
         stacked = torch.stack([count for counts in batch.values() for count in counts])
-        if sharding is not None:
-            mesh, placements = sharding
-            partial = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
-            stacked = DTensor.from_local(stacked, mesh, partial).full_tensor()
-        flat = iter(stacked.tolist())
+        flat = iter(sum_over_shards(stacked, sharding).tolist())
         values.update({name: [next(flat) for _ in counts] for name, counts in batch.items()})
     return [
         TensorCount(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
@@ -33,7 +36,7 @@ class PAdamTrainingArguments(TrainingArguments):
     )
     optim_target_modules: None | str | list[str] = field(
         default=None,
-        metadata={"help": "Narrow the decay to these modules: all-linear, a regular expression, or parts of names."},
+        metadata={"help": "Narrow the decay to these modules: all-linear, a regular expression, or a JSON list."},
     )
     p_norm: float = field(
         default=OPTIONS["p_norm"].default,
@@ -60,6 +63,12 @@ class PAdamTrainingArguments(TrainingArguments):
         best = self.metric_for_best_model
         if best is not None and best.endswith("perplexity"):
             self.greater_is_better = False
+        targets = self.optim_target_modules
+        if isinstance(targets, str) and targets.startswith("["):  # a list, from a command line
+            try:
+                self.optim_target_modules = json.loads(targets)
+            except ValueError as error:
+                raise ValueError(f"optim_target_modules={targets!r} is not a list in JSON: {error}") from error
         if self.optim == NAME:
             optimizer_options(self)
 
@@ -110,10 +119,10 @@ class PAdamTrainer(Trainer):
     ) -> tuple[Tensor | None, Any, Any]:
         """Evaluate one batch, and keep its summed NLL and token count for the perplexity."""
         loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        scores = logits[0] if isinstance(logits, tuple) else logits
-        if isinstance(labels, Tensor) and isinstance(scores, Tensor) and scores.shape[:-1] == labels.shape:
-            is_causal = not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-            nll, tokens = self.accelerator.gather_for_metrics(sequence_nll(scores, labels, shift=is_causal))
+        scores = _token_scores(logits, labels)
+        if scores is not None and labels is not None:
+            shift = _predicts_the_next_token(self.accelerator.unwrap_model(model))
+            nll, tokens = self.accelerator.gather_for_metrics(sequence_nll(scores, labels, shift=shift))
             self._nll.append(nll)
             self._tokens.append(tokens)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
@@ -132,6 +141,25 @@ class PAdamTrainer(Trainer):
         metrics = self.sparsity()
         if self._nll:
             nll, tokens = torch.cat(self._nll).tolist(), torch.cat(self._tokens).tolist()
-            metrics["perplexity"] = Perplexity().compute(predictions=nll, references=tokens)["perplexity"]
+            predicts = any(tokens)  # else every label is masked
+            result = Perplexity().compute(predictions=nll, references=tokens) if predicts else {"perplexity": math.nan}
+            metrics["perplexity"] = result["perplexity"]
         prefixed = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         return output._replace(metrics={**(output.metrics or {}), **prefixed})
+
+
+def _token_scores(logits: Any, labels: Any) -> Tensor | None:
+    """Return the output that scores every labelled token: (batch, length, vocabulary) for labels (batch, length)."""
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return None
+    for output in logits if isinstance(logits, tuple | list) else (logits,):
+        if isinstance(output, Tensor) and output.ndim == 3 and output.shape[:2] == labels.shape:
+            return output
+    return None
+
+
+def _predicts_the_next_token(model: nn.Module) -> bool:
+    """Whether position i of a language model predicts label i + 1, rather than label i."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    return not any(type(m).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() for m in model.modules())

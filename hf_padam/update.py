@@ -99,6 +99,8 @@ def prepare(
 
 def exact_power(x: Tensor, y: float) -> Tensor:
     """Return ``x ** y``, in fp64: an exponent rounded to fp32 would be felt, its error being magnified by log(x)."""
+    if x.device.type == "mps":  # has no fp64
+        return torch.pow(x, y)
     return torch.pow(x.double(), y).to(x.dtype)
 
 

@@ -16,31 +16,52 @@ The flags are those of Hugging Face's run_clm.py and of TrainingArguments; a YAM
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from support import report
-from support.arguments import DataArguments, ModelArguments, check_output_dir, parse_arguments
+from support.arguments import DataArguments, ModelArguments, check_output_dir, check_resume, parse_arguments
 from support.data import load_blocks
 from support.errors import UsageError, reports_usage_errors
-from support.models import load_model_and_tokenizer
+from support.models import load_model_and_tokenizer, save_model
 from transformers import TrainerCallback, default_data_collator, set_seed
 
-from hf_padam import PAdamTrainer, PAdamTrainingArguments, decayed_parameters
-from hf_padam.files import staged_directory
+from hf_padam import PAdamTrainer, PAdamTrainingArguments
 
 
 class StepTimer(TrainerCallback):
     """Add up the time of training steps, evaluations and logging left out."""
 
-    seconds = 0.0
+    seconds, steps = 0.0, 0
 
     def on_step_begin(self, *args, **kwargs) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
 
     def on_step_end(self, *args, **kwargs) -> None:
-        """Stop it."""
+        """Stop it, once the device is done."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         self.seconds += time.perf_counter() - self._start
+        self.steps += 1
+
+
+class TestBefore(TrainerCallback):
+    """Evaluate the untrained model on the test split, as training begins.
+
+    Not before: a Trainer that has evaluated no longer wraps its model for several processes, whose gradients would
+    silently not be averaged. The result is kept in the log history, so a resumed run has it from its checkpoint.
+    """
+
+    KEY = "test_before_perplexity"
+
+    def __init__(self, trainer: PAdamTrainer, split: Any) -> None:
+        self.trainer, self.split = trainer, split
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Evaluate, unless the log history says that this has been done."""
+        if not any(self.KEY in row for row in state.log_history):
+            self.trainer.evaluate(self.split, metric_key_prefix="test_before")
 
 
 @reports_usage_errors
@@ -53,12 +74,14 @@ def main() -> None:
     output_dir = check_output_dir(args.output_dir)
     if data_args.streaming and args.max_steps <= 0:
         raise UsageError("--streaming has no end that is known in advance: give --max_steps")
+    resume = check_resume(args.resume_from_checkpoint)
     set_seed(args.seed)
 
     # 2. Model and data.
-    model, tokenizer = load_model_and_tokenizer(model_args)
+    model, tokenizer = load_model_and_tokenizer(model_args, args.main_process_first(desc="fetching"))
     max_length = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    splits = load_blocks(data_args, tokenizer, max_length, args.main_process_first(desc="tokenizing"))
+    hub_options = {"token": model_args.token, "cache_dir": model_args.cache_dir}
+    splits = load_blocks(data_args, tokenizer, max_length, args.main_process_first(desc="tokenizing"), hub_options)
 
     # 3. The Trainer. The optimizer is built now: what it cannot decay must not be found out after an evaluation.
     timer = StepTimer()
@@ -74,23 +97,19 @@ def main() -> None:
     try:
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             trainer.create_optimizer()
-        options = {"decay_embeddings": args.decay_embeddings, "target_modules": args.optim_target_modules}
-        decayed = list(decayed_parameters(model, **options))
-    except ValueError as error:
+        decayed = trainer.decayed_names()
+    except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
     before = report.Magnitudes.of(model, decayed)
-    test_before = trainer.evaluate(splits["test"], metric_key_prefix="test_before")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.add_callback(TestBefore(trainer, splits["test"]))
+    trainer.train(resume_from_checkpoint=resume)
     validation = trainer.evaluate(metric_key_prefix="validation")
     test = trainer.evaluate(splits["test"], metric_key_prefix="test")
 
     # 4. What comes out: model and tokenizer first, the results last.
-    with staged_directory(output_dir, last="config.json") as staging:
-        trainer.save_model(str(staging))
-    if not trainer.is_world_process_zero():
-        return
+    save_model(output_dir, trainer.save_model, args.should_save)
     block_size = len(next(iter(splits["train"]))["input_ids"])
-    tokens = trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * block_size
+    tokens = timer.steps * args.train_batch_size * args.gradient_accumulation_steps * block_size
     report.conclude(
         output_dir,
         trainer.accelerator.unwrap_model(trainer.model),
@@ -99,9 +118,10 @@ def main() -> None:
         before=before,
         history=trainer.state.log_history,
         arguments=(model_args, data_args, args),
+        is_main_process=trainer.is_world_process_zero(),
         validation_perplexity=validation["validation_perplexity"],
         test_perplexity=test["test_perplexity"],
-        test_perplexity_before=test_before["test_before_perplexity"],
+        test_perplexity_before=next(row[TestBefore.KEY] for row in trainer.state.log_history if TestBefore.KEY in row),
         train_steps=trainer.state.global_step,
         train_tokens_per_second=tokens * args.world_size / timer.seconds if timer.seconds else 0.0,
         seed=args.seed,

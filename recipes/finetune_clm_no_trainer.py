@@ -19,13 +19,12 @@ from support import report
 from support.arguments import DataArguments, ModelArguments, check_output_dir, parse_arguments
 from support.data import load_blocks
 from support.errors import UsageError, reports_usage_errors
-from support.models import load_model_and_tokenizer
+from support.models import load_model_and_tokenizer, save_model
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator, get_scheduler
 
 from hf_padam import PAdam, Perplexity, WeightSparsity, get_param_groups
-from hf_padam.files import staged_directory
 from hf_padam.metrics import sequence_nll
 
 
@@ -67,15 +66,19 @@ def main() -> None:
     output_dir = check_output_dir(args.output_dir)
     if data_args.streaming and args.max_steps <= 0:
         raise UsageError("--streaming has no end that is known in advance: give --max_steps")
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=output_dir,
-    )
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=output_dir,
+        )
+    except ValueError as error:
+        raise UsageError(f"--report_to {args.report_to}: {error}") from error
     set_seed(args.seed)
-    model, tokenizer = load_model_and_tokenizer(model_args)
+    model, tokenizer = load_model_and_tokenizer(model_args, accelerator.main_process_first())
     max_length = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    splits = load_blocks(data_args, tokenizer, max_length, accelerator.main_process_first())
+    hub_options = {"token": model_args.token, "cache_dir": model_args.cache_dir}
+    splits = load_blocks(data_args, tokenizer, max_length, accelerator.main_process_first(), hub_options)
 
     # 1. Two parameter groups; that is all there is to PAdam in a loop of one's own.
     try:
@@ -88,7 +91,7 @@ def main() -> None:
         )
         decayed = [name for name, _ in groups[0]["params"]]
         optimizer = PAdam(groups, lr=args.learning_rate)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
 
     loaders = {
@@ -146,6 +149,8 @@ def main() -> None:
                     optimizer.step()
                     scheduler.step()
                     optimizer.zero_grad()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
             seconds += time.perf_counter() - start
             if not accelerator.sync_gradients:
                 continue
@@ -161,16 +166,16 @@ def main() -> None:
             if step == total_steps:
                 break
     progress.close()
-    accelerator.end_training()
     validation, test = perplexity("validation"), perplexity("test")
 
     # 4. What comes out: model and tokenizer first, the results last.
-    state = accelerator.get_state_dict(model)
-    if not accelerator.is_main_process:
-        return
-    with staged_directory(output_dir, last="config.json") as staging:
-        plain.save_pretrained(staging, state_dict=state)
-        tokenizer.save_pretrained(staging)
+    def save(directory: str) -> None:
+        state = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            plain.save_pretrained(directory, state_dict=state)
+            tokenizer.save_pretrained(directory)
+
+    save_model(output_dir, save, accelerator.is_main_process)
     block_size = len(next(iter(splits["train"]))["input_ids"])
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     report.conclude(
@@ -181,6 +186,7 @@ def main() -> None:
         before=before,
         history=history,
         arguments=(model_args, data_args, args),
+        is_main_process=accelerator.is_main_process,
         validation_perplexity=validation,
         test_perplexity=test,
         test_perplexity_before=test_before,
@@ -188,6 +194,7 @@ def main() -> None:
         train_tokens_per_second=step * batch_size * block_size / seconds,
         seed=args.seed,
     )
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ TEXT = "".join(
 
 
 def tiny_llama(**overrides) -> LlamaForCausalLM:
-    """A Llama of some 20,000 weights; the seed makes every call return the same one."""
+    """A Llama of some 20,000 weights, biases included; the seed makes every call return the same one."""
     torch.manual_seed(0)
     options = dict(
         vocab_size=len(CHARACTERS) + 2,
@@ -40,6 +40,7 @@ def tiny_llama(**overrides) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=True,
+        attention_bias=True,
     )
     return LlamaForCausalLM(LlamaConfig(**(options | overrides)))
 

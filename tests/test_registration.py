@@ -170,8 +170,11 @@ assert "hf_padam" not in open(__file__).read().split("#")[-1]
 config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 rows = [{"input_ids": list(range(i, i + 8)), "labels": list(range(i, i + 8))} for i in range(32)]
 trainer = Trainer(model=LlamaForCausalLM(config), args=args, train_dataset=rows)
+start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 trainer.train()
-zeros = sum((p == 0).sum().item() for p in trainer.model.parameters())
+assert not any(torch.equal(p, start[name]) for name, p in trainer.model.named_parameters())
+zeros = sum((p == 0).sum().item() for name, p in trainer.model.named_parameters() if "_proj" in name)
+assert not any((p == 0).any() for name, p in trainer.model.named_parameters() if "_proj" not in name)
 print(type(trainer.optimizer.optimizer).__name__, zeros, __name__, sys.argv[0])
 """
 FLAGS = (

@@ -27,13 +27,21 @@ def options(tmp_path, **more) -> dict:
     } | more  # fmt: skip
 
 
-def check_outcome(model: nn.Module, embeddings_decay: bool = False) -> None:
-    """Every trainable tensor moved; zeros appeared among the decayed weights and nowhere else."""
-    decayed = decayed_parameters(model, decay_embeddings=embeddings_decay)
+def check_outcome(model: nn.Module, optimizer: torch.optim.Optimizer | None, embeddings_decay: bool = False) -> None:
+    """Every trainable tensor moved; linear weights decayed, norms, biases and tied embeddings did not."""
+    linear = {n for n, _ in model.named_parameters() if n.endswith("_proj.weight")}
+    expected = linear | ({"model.embed_tokens.weight"} if embeddings_decay else set())
+    assert len(linear) == 14
     for (name, param), start in zip(model.named_parameters(), tiny_llama().parameters(), strict=True):
         assert not torch.equal(param, start), f"{name} did not change"
-        assert bool((param == 0).any()) == (name in decayed), name
+        assert bool((param == 0).any()) == (name in expected), name
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    if optimizer is not None:
+        decayed, others = optimizer.param_groups
+        parameters = dict(model.named_parameters())
+        assert {id(p) for p in decayed["params"]} == {id(parameters[name]) for name in expected}
+        assert {id(p) for p in others["params"]} == {id(p) for n, p in parameters.items() if n not in expected}
+        assert decayed["lambda_p"] > 0 and others["lambda_p"] == others["weight_decay"] == 0
 
 
 def with_plain_trainer(tmp_path):
@@ -75,7 +83,7 @@ def with_sft_trainer(tmp_path):
 def test_a_short_run_trains_everything_and_makes_zeros_where_it_should(tmp_path, train):
     trainer = train(tmp_path)
     assert isinstance(trainer.optimizer.optimizer, PAdam)
-    check_outcome(trainer.model)
+    check_outcome(trainer.model, trainer.optimizer)
 
 
 def test_a_loop_without_trainer_does_the_same():
@@ -86,14 +94,14 @@ def test_a_loop_without_trainer_does_the_same():
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    check_outcome(model)
+    check_outcome(model, optimizer)
 
 
 def test_embeddings_decay_when_asked(tmp_path):
     args = TrainingArguments(**options(tmp_path, optim_args=OPTIM_ARGS + ",decay_embeddings=true"))
     trainer = Trainer(model=tiny_llama(), args=args, train_dataset=blocks())
     trainer.train()
-    check_outcome(trainer.model, embeddings_decay=True)
+    check_outcome(trainer.model, trainer.optimizer, embeddings_decay=True)
 
 
 def test_trls_own_script_runs_unmodified(tmp_path, model_dir):
@@ -110,8 +118,7 @@ def test_trls_own_script_runs_unmodified(tmp_path, model_dir):
     assert result.returncode == 0, result.stderr[-3000:]
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert all((p == 0).any() for p in decayed_parameters(model).values())
+    check_outcome(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), None)
 
 
 def test_lora_runs_end_in_the_error_that_explains(tmp_path):
@@ -169,7 +176,7 @@ def test_perplexity_is_exact_on_ragged_batches(tmp_path, eval_batch_size, label_
     trainer = PAdamTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=pad)
     metrics = trainer.evaluate()
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-6)
-    assert metrics["eval_sparsity"] == metrics["eval_sparsity_total"] == 0.0
+    assert metrics["eval_sparsity"] == 0.0 < metrics["eval_sparsity_total"]  # biases start at zero
     assert trainer.predict(rows).metrics["test_perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-6)
 
 
@@ -240,4 +247,33 @@ def test_counting_is_a_small_part_of_a_step():
         optimizer.step()
         optimizer.zero_grad()
 
-    assert seconds(lambda: WeightSparsity().compute(model=model, decayed=names), 9) < 0.05 * seconds(train, 3)
+    assert seconds(lambda: WeightSparsity().compute(model=model, decayed=names), 9) < 0.01 * seconds(train, 3)
+
+
+def test_masked_language_models_predict_the_token_at_its_own_place(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    model, rows = BertForMaskedLM(config).eval(), blocks(5, 16)
+    trainer = PAdamTrainer(model=model, args=PAdamTrainingArguments(**options(tmp_path)), eval_dataset=rows)
+    with torch.no_grad():
+        loss = model(**{key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}).loss
+    assert trainer.evaluate()["eval_perplexity"] == pytest.approx(math.exp(loss.item()), rel=1e-5)
+
+
+def test_models_that_score_no_tokens_are_evaluated_without_perplexity(tmp_path):
+    from transformers import LlamaForSequenceClassification
+
+    model = LlamaForSequenceClassification(tiny_llama().config)
+    model.config.pad_token_id = 1
+    rows = [{"input_ids": row["input_ids"], "labels": i % 2} for i, row in enumerate(blocks(6))]
+    metrics = PAdamTrainer(model=model, args=PAdamTrainingArguments(**options(tmp_path)), eval_dataset=rows).evaluate()
+    assert "eval_perplexity" not in metrics and metrics["eval_sparsity"] == 0.0
+
+
+def test_an_evaluation_without_a_predicted_token_does_not_end_a_run(tmp_path):
+    rows = [{"input_ids": row["input_ids"], "labels": [-100] * 32} for row in blocks(4)]
+    trainer = PAdamTrainer(model=tiny_llama(), args=PAdamTrainingArguments(**options(tmp_path)), eval_dataset=rows)
+    assert math.isnan(trainer.evaluate()["eval_perplexity"])

@@ -91,6 +91,24 @@ def test_factor_is_accurate_to_two_parts_in_a_million():
             assert (got[~representable] <= 1e-38 / (lr * lambda_p)).all()
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("p_norm", (0.1, 0.3, 0.5, 0.8, 1.0, 1.2, 1.5, 1.9, 2.0, 2.5, 3.0, 4.0))
+def test_every_backends_factor_is_accurate_to_two_parts_in_a_million(backend, p_norm):
+    """Without a gradient the step is the factor alone."""
+    weights = torch.logspace(-30, 4, 4_001, dtype=torch.float64).float()
+    for lr, lambda_p, lambda_2 in ((1e-3, 0.1, 0.0), (1e-2, 1e-4, 0.1)):
+        param = torch.nn.Parameter(weights.clone())
+        optimizer = PAdam([param], lr=lr, p_norm=p_norm, lambda_p=lambda_p, weight_decay=lambda_2, backend=backend)
+        param.grad = torch.zeros_like(weights)
+        optimizer.step()
+        expected = np.array([w * factor(w, lr, p_norm, lambda_p, lambda_2) for w in weights.double().tolist()])
+        got = param.detach().double().numpy()
+        alive = expected > 2 * FLUSH_THRESHOLD
+        assert (np.abs(got - expected)[alive] <= 2e-6 * expected[alive]).all()
+        if p_norm < 2:
+            assert (got[expected < FLUSH_THRESHOLD / 2] == 0).all()
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     weight=st.floats(width=32, allow_nan=False, allow_infinity=False),

@@ -28,6 +28,19 @@ _COMPILE_PAYS_FROM = 1_000_000
 """Elements. Below, an eager step takes a few milliseconds and seconds of compilation never pay for themselves."""
 
 
+def check(choice: str, device: torch.device) -> None:
+    """Check that an explicit choice can be met on `device`; the meta device, which holds no values, is not judged.
+
+    Raises:
+        RuntimeError: If it cannot.
+    """
+    if choice == "auto" or device.type == "meta":
+        return
+    reason = BACKENDS[choice].unavailable(device)
+    if reason is not None:
+        raise RuntimeError(f'backend="{choice}" cannot run on {device}: {reason}. Or use backend="auto".')
+
+
 def select(choice: str, device: torch.device, elements: int) -> ModuleType:
     """Return the backend module for a user's choice.
 
@@ -37,18 +50,13 @@ def select(choice: str, device: torch.device, elements: int) -> ModuleType:
         elements: How many elements the optimizer updates there in all.
 
     Raises:
-        ValueError: If `choice` is unknown.
         RuntimeError: If `choice` names a backend that cannot run on `device`.
     """
-    if choice not in CHOICES:
-        raise ValueError(f"backend={choice!r} is not one of {', '.join(CHOICES)}")
     if choice == "auto":
         if elements < _COMPILE_PAYS_FROM or _refusal("compiled", device.type):
             return eager
         return compiled
-    reason = BACKENDS[choice].unavailable(device)
-    if reason is not None:
-        raise RuntimeError(f'backend="{choice}" cannot run on {device}: {reason}. Or use backend="auto".')
+    check(choice, device)
     return BACKENDS[choice]
 
 

@@ -71,7 +71,10 @@ class DataArguments:
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Keep this many sequences for each of validation and test."}
     )
-    streaming: bool = field(default=False, metadata={"help": "Read the dataset while training; needs --max_steps."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the data while training; needs --max_steps. Held-out rows are interleaved."},
+    )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again even if a cached result exists."})
     keep_linebreaks: bool = field(default=True, metadata={"help": "Keep line breaks of text files."})
@@ -177,10 +180,10 @@ def _config_as_options(path: Path, known: set[str]) -> list[str]:
         if value is None:
             continue
         options.append(f"--{key}")
-        if isinstance(value, list):
+        if isinstance(value, list) and key not in _JSON_LISTS:
             options += [str(item) for item in value]
         else:
-            options.append(json.dumps(value) if isinstance(value, dict) else str(value))
+            options.append(json.dumps(value) if isinstance(value, dict | list) else str(value))
     return options
 
 
@@ -205,6 +208,21 @@ def check_output_dir(path: str | None) -> Path:
     return directory
 
 
+def check_resume(path: str | None) -> str | bool | None:
+    """Return what `Trainer.train` takes: a checkpoint's path, or True for the newest in the output directory.
+
+    Raises:
+        UsageError: If the path is not a checkpoint.
+    """
+    if path is None or path.lower() in ("", "false"):
+        return None
+    if path.lower() == "true":
+        return True
+    if not (Path(path) / "trainer_state.json").is_file():
+        raise UsageError(f"--resume_from_checkpoint {path} is not a checkpoint: it has no trainer_state.json")
+    return path
+
+
 def save_config(path: Path, *parsed: Any) -> None:
     """Write every option that differs from its default, so that the file repeats the run as ``SCRIPT FILE``."""
     from hf_padam.files import write_atomically
@@ -216,12 +234,14 @@ def save_config(path: Path, *parsed: Any) -> None:
             value = getattr(arguments, f.name)
             value = getattr(value, "value", value)  # enums
             default = defaults[f.name].default
-            if f.init and f.name not in _NOT_OPTIONS and isinstance(value, str | int | float | bool | list):
-                if value != getattr(default, "value", default) and value != []:
+            if f.init and f.name not in _NOT_OPTIONS and isinstance(value, str | int | float | bool | list | dict):
+                if value != getattr(default, "value", default) and value not in ([], {}):
                     config[f.name] = value
     write_atomically(path, yaml.safe_dump(config, sort_keys=False))
 
 
+# Fields that take a string or a list: argparse would take the first item for the string.
+_JSON_LISTS = {"optim_target_modules"}
 _NOT_OPTIONS = {
     "resume_from_checkpoint",
     "local_rank",

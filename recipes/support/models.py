@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,21 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_padam.files import staged_directory
+
 from . import wheels
 from .arguments import ModelArguments
 from .errors import UsageError
 
 
-def load_model_and_tokenizer(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model_and_tokenizer(
+    args: ModelArguments, main_process_first: AbstractContextManager
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load what the arguments name.
+
+    Args:
+        args: What to load.
+        main_process_first: A context manager under which one process downloads before the others look.
 
     Raises:
         UsageError: If there is no such model, or it cannot be read or reached.
@@ -24,7 +34,8 @@ def load_model_and_tokenizer(args: ModelArguments) -> tuple[PreTrainedModel, Pre
     if not name:
         raise UsageError("no model: give --model_name_or_path (a Hub id, a directory, a .gguf file, or pypi:NAME)")
     if name.startswith(wheels.PREFIX):
-        name = str(wheels.model_file(name))
+        with main_process_first:
+            name = str(wheels.model_file(name))
     options: dict[str, Any] = {}
     if name.endswith(".gguf"):
         file = Path(name)
@@ -39,12 +50,19 @@ def load_model_and_tokenizer(args: ModelArguments) -> tuple[PreTrainedModel, Pre
     options["trust_remote_code"] = args.trust_remote_code
     try:
         tokenizer_options = {k: v for k, v in options.items() if k != "gguf_file" or not args.tokenizer_name}
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or name, **tokenizer_options)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or name, **tokenizer_options)
+        except Exception as error:
+            if not args.tokenizer_name:
+                raise
+            raise UsageError(_explain(args.tokenizer_name, error, "tokenizer")) from error
         dtype: Any = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
         if "gguf_file" in options:
             model = _load_gguf(name, torch.float32 if args.dtype == "auto" else dtype, options)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    except UsageError:
+        raise
     except ImportError as error:
         raise UsageError(f"--model_name_or_path {args.model_name_or_path} needs another package: {error}") from error
     except Exception as error:  # the loaders raise whatever their file format's library raises
@@ -56,6 +74,20 @@ def load_model_and_tokenizer(args: ModelArguments) -> tuple[PreTrainedModel, Pre
             "belong together. Check --tokenizer_name"
         )
     return model, tokenizer
+
+
+def save_model(output_dir: Path, save: Callable[[str], object], is_main_process: bool) -> None:
+    """Save a finished model so that what is in `output_dir` is all of it or none of it. Every process must call this.
+
+    Args:
+        output_dir: Where it goes.
+        save: Writes model and tokenizer into the directory that it is given.
+        is_main_process: Whether `save` writes anything here; elsewhere it only takes part in gathering the weights.
+    """
+    with staged_directory(output_dir, last="config.json") as staging:
+        save(str(staging))
+        if is_main_process:
+            (output_dir / "results.json").unlink(missing_ok=True)  # an earlier run's, of another model
 
 
 def _load_gguf(directory: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
@@ -72,9 +104,9 @@ def _load_gguf(directory: str, dtype: torch.dtype, options: dict[str, Any]) -> P
     return model
 
 
-def _explain(name: str, error: Exception) -> str:
+def _explain(name: str, error: Exception, what: str = "model") -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    message = f"the model {name!r} could not be loaded: {reason}"
+    message = f"the {what} {name!r} could not be loaded: {reason}"
     if isinstance(error, OSError) and not Path(name).exists() and not name.startswith(wheels.PREFIX):
         message += (
             "\nIt is not a local directory or file, so it was looked up on the Hugging Face Hub. Check the spelling "

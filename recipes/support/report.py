@@ -25,7 +25,15 @@ from torch import nn
 
 import hf_padam
 from hf_padam.files import staged, write_atomically
-from hf_padam.sparsity import NEAR_ZERO, TensorCount, count_model_zeros, summarize
+from hf_padam.sparsity import (
+    NEAR_ZERO,
+    TensorCount,
+    count_model_zeros,
+    count_zeros,
+    local_shard,
+    sum_over_shards,
+    summarize,
+)
 
 from .arguments import save_config
 
@@ -55,16 +63,15 @@ class Magnitudes:
     @torch.no_grad()
     def of(cls, model: nn.Module, decayed: list[str]) -> Magnitudes:
         """Count a model's decayed weights."""
-        counts, zeros, elements = torch.zeros(_BINS), 0, 0
-        for name, param in model.named_parameters():
-            if name in decayed:
-                logs = param.detach().float().abs().log10()
-                zeros += int(torch.isneginf(logs).sum())
-                elements += param.numel()
-                low, high = _MAGNITUDE_RANGE
-                finite = logs[torch.isfinite(logs)].clamp(low, high)
-                counts += torch.histc(finite, bins=_BINS, min=low, max=high).cpu()
-        return cls(counts, zeros, elements)
+        tensors = {name: param.detach() for name, param in model.named_parameters() if name in decayed}
+        totals = count_zeros(tensors)
+        counts = torch.zeros(_BINS)
+        low, high = _MAGNITUDE_RANGE
+        for tensor in tensors.values():
+            local, sharding = local_shard(tensor)
+            logs = local[local != 0].float().abs().log10().clamp(low, high)
+            counts += sum_over_shards(torch.histc(logs, bins=_BINS, min=low, max=high), sharding).cpu()
+        return cls(counts, sum(c.zeros for c in totals), sum(c.elements for c in totals))
 
 
 @dataclass
@@ -121,9 +128,12 @@ def conclude(
     before: Magnitudes,
     history: list[dict[str, Any]],
     arguments: tuple[Any, ...],
+    is_main_process: bool,
     **values: Any,
 ) -> None:
     """Complete the results of a run with the counts of its final weights, then write everything.
+
+    Every process must call this: sharded weights are counted together. Only the main one writes.
 
     Args:
         directory: The run's output directory.
@@ -133,11 +143,15 @@ def conclude(
         before: The decayed weights before training.
         history: Rows with "step" and any of "loss", "sparsity", "eval_perplexity".
         arguments: The parsed arguments, of models and data first; they are saved as `run_config.yaml`.
+        is_main_process: Whether this process writes.
         values: Perplexities and the other `RESULT_KEYS`; the losses follow from the perplexities.
     """
+    counts = count_model_zeros(model, decayed, near_zero=NEAR_ZERO)
+    after = Magnitudes.of(model, decayed)
+    if not is_main_process:
+        return
     config = directory / "run_config.yaml"
     save_config(config, *arguments)
-    counts = count_model_zeros(model, decayed, near_zero=NEAR_ZERO)
     results = {
         "validation_loss": math.log(values["validation_perplexity"]),
         "test_loss": math.log(values["test_perplexity"]),
@@ -153,7 +167,7 @@ def conclude(
         results=results,
         history=history,
         before=before,
-        after=Magnitudes.of(model, decayed),
+        after=after,
         counts=counts,
         command=f"python {shlex.quote(sys.argv[0])} {shlex.quote(str(config))}",
         sources={
@@ -243,7 +257,7 @@ def _draw_magnitudes(path: Path, run: Run) -> None:
 
 
 def _draw_layers(path: Path, run: Run) -> None:
-    """Draw a map of kinds of weights by layers where names hold a layer's number, else a bar for each tensor."""
+    """Draw a map of kinds of weights by layers, the first number in a weight's name; without one, all is layer 0."""
     cells: dict[str, dict[int, float]] = {}
     for count in run.counts:
         if count.decayed:

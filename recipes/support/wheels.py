@@ -92,6 +92,8 @@ def _fetch(wheel: Wheel) -> list[Path]:
                 _unpack(archive, wheel, Path(temporary) / "files")
                 os.replace(Path(temporary) / "files", directory)
         except OSError as error:
+            if (files := _unpacked(directory)) is not None:  # another process was faster
+                return files
             raise UsageError(
                 f"{directory} cannot be written to ({error.strerror}): set HF_PADAM_CACHE to another directory"
             ) from error

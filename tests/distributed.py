@@ -1,0 +1,114 @@
+"""Jobs that test_distributed.py runs in several real processes; each prints a JSON line on the first of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from conftest import blocks, tiny_llama
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments, decayed_parameters, get_param_groups
+from hf_padam.sparsity import count_model_zeros, summarize
+
+
+def evaluate(output_dir: str, per_device_batch_size: str, accumulation: str) -> dict:
+    """Train 6 steps of 8 sequences in all; evaluate on 13 ragged rows, which two processes cannot share evenly."""
+    from test_trainer import pad, ragged
+
+    args = PAdamTrainingArguments(
+        output_dir,
+        max_steps=6,
+        per_device_train_batch_size=int(per_device_batch_size),
+        gradient_accumulation_steps=int(accumulation),
+        per_device_eval_batch_size=2,
+        learning_rate=3e-3,
+        p_norm=0.5,
+        lambda_p=0.3,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    rows = ragged((4, 4, 5))
+    # One batch is all of the data, so its order cannot matter.
+    trainer = PAdamTrainer(
+        model=tiny_llama(), args=args, train_dataset=blocks(8), eval_dataset=rows, data_collator=pad_any(pad)
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    keys = ("eval_perplexity", "eval_sparsity", "eval_sparsity_total")
+    return {key: metrics[key] for key in keys} | {"processes": trainer.accelerator.num_processes}
+
+
+def pad_any(pad):
+    """Training rows come without masks."""
+
+    def collate(rows):
+        return pad([{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows])
+
+    return collate
+
+
+def shard() -> dict:
+    """Train 20 steps sharded by fully_shard and unsharded; sizes do not divide by the number of processes."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    # Without key biases, whose gradients are all rounding noise, which Adam would blow up.
+    config = dict(hidden_size=40, intermediate_size=63, num_attention_heads=4, attention_bias=False)
+    options = dict(p_norm=0.5, lambda_p=0.3)
+    plain, sharded = tiny_llama(**config), tiny_llama(**config)
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    optimizers = [PAdam(get_param_groups(model, **options), lr=3e-3) for model in (plain, sharded)]
+    batch = {key: torch.tensor([row[key] for row in blocks(4)]) for key in ("input_ids", "labels")}
+    for _ in range(20):
+        for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    state = next(iter(optimizers[1].state.values()))
+    assert isinstance(state["exp_avg"], DTensor)
+    differences = [
+        (p - q.full_tensor()).abs().max().item() for p, q in zip(plain.parameters(), sharded.parameters(), strict=True)
+    ]
+    names = decayed_parameters(sharded)
+    sums = [summarize(count_model_zeros(model, names, near_zero=1e-8)) for model in (plain, sharded)]
+    with torch.no_grad():
+        for param in sharded.model.layers[0].mlp.parameters():
+            param.zero_()
+    try:
+        PAdam(get_param_groups(sharded, **options))
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    return {"difference": max(differences), "plain": sums[0], "sharded": sums[1], "refusal": refusal}
+
+
+def gradient_placements() -> dict:
+    """A replicated weight whose gradient is a partial sum: both replicas must step with the whole gradient."""
+    dist.init_process_group("gloo")
+    from torch.distributed.tensor import Partial, Replicate, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = torch.nn.Parameter(distribute_tensor(torch.full((4,), 0.5), mesh, [Replicate()]))
+    optimizer = PAdam([weight], lr=0.1, lambda_p=0.0)
+    partial = torch.full((4,), 3.0 if dist.get_rank() == 0 else -1.0)
+    weight.grad = DTensor.from_local(partial, mesh, [Partial()])
+    optimizer.step()
+    gathered = [torch.zeros(4) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, weight.to_local().detach())
+    return {"replicas": [replica.tolist() for replica in gathered]}
+
+
+if __name__ == "__main__":
+    result = globals()[sys.argv[1]](*sys.argv[2:])
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print("RESULT " + json.dumps(result), flush=True)  # noqa: T201
+    if dist.is_initialized():
+        dist.destroy_process_group()

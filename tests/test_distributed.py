@@ -1,0 +1,66 @@
+"""Several real processes on one CPU (gloo) give what one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+from test_recipes import write_config
+
+
+def launch(processes: int, *command: object) -> subprocess.CompletedProcess:
+    # Not `accelerate launch --cpu`, which starts a single process whatever --num_processes says.
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    path = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["ACCELERATE_USE_CPU"] = "true"
+    result = subprocess.run([*line, *map(str, command)], capture_output=True, text=True, timeout=400, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result
+
+
+def job(processes: int, *arguments: object) -> dict:
+    output = launch(processes, REPOSITORY / "tests" / "distributed.py", *arguments).stdout
+    (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def test_two_processes_train_and_evaluate_like_one(tmp_path):
+    one = job(1, "evaluate", tmp_path / "one", 4, 2)
+    two = job(2, "evaluate", tmp_path / "two", 4, 1)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    # Sums in another order: rounding, which Adam carries on for six steps.
+    assert two["eval_perplexity"] == pytest.approx(one["eval_perplexity"], rel=1e-4)
+    assert two["eval_sparsity"] == pytest.approx(one["eval_sparsity"], abs=2e-3)
+
+
+def test_sharded_training_equals_unsharded_training():
+    result = job(2, "shard")
+    assert result["difference"] < 1e-5
+    assert result["sharded"] == pytest.approx(result["plain"], abs=1e-4)
+    assert result["plain"]["sparsity"] > 0.01
+    assert "model.layers.0.mlp.gate_proj.weight" in result["refusal"] and "all zeros" in result["refusal"]
+
+
+def test_replicas_step_with_the_whole_gradient():
+    first, second = job(2, "gradient_placements")["replicas"]
+    assert first == second == pytest.approx([0.4] * 4)
+
+
+@pytest.mark.parametrize("recipe", ["finetune_clm.py", "finetune_clm_no_trainer.py"])
+def test_a_recipe_on_two_processes_gives_the_results_of_one(tmp_path, model_dir, text_file, recipe):
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        settings = {"max_train_samples": 4, "max_steps": 8, "per_device_train_batch_size": 4 // processes}
+        settings |= {"max_eval_samples": 7, "model_name_or_path": model_dir, "train_file": text_file}
+        config = write_config(tmp_path, output_dir=out, **settings)
+        launch(processes, REPOSITORY / "recipes" / recipe, config)
+        assert (out / "report.md").is_file()
+        results.append(json.loads((out / "results.json").read_text()))
+    for key in ("test_perplexity_before", "test_perplexity", "validation_perplexity", "sparsity", "train_steps"):
+        assert results[1][key] == pytest.approx(results[0][key], rel=1e-3), key
