@@ -21,6 +21,7 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
+torch.set_num_threads(1)  # the tests run in several processes
 REPOSITORY = Path(__file__).parent.parent
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 TEXT = "".join(
