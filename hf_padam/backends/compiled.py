@@ -1,8 +1,9 @@
 """The function that `eager` loops over, compiled by TorchInductor into one fused, vectorised C++ loop for CPUs.
 
-One kernel serves tensors of every size: dense tensors are viewed as 1-D and the length is symbolic. It is called
-directly, below torch.compile: the guards and wrappers of a `torch.compile`-d function cost about 0.1 ms a call, which
-over the hundreds of tensors of a language model would be a quarter of the step.
+One kernel serves every tensor: dense ones are viewed as rows of 64 elements, and the number of rows is symbolic. The
+kernel is called directly, below torch.compile: the guards and wrappers of a `torch.compile`-d function cost about
+0.1 ms a call, which over the hundreds of tensors of a language model would be a quarter of the step. Inductor keeps
+its kernels on disk (see TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine compiles.
 
 The generic power is the expensive part on a CPU, where `pow` does not vectorise well; `fast_power` stands in for it.
 """
@@ -10,27 +11,26 @@ The generic power is the expensive part on a CPU, where `pow` does not vectorise
 from __future__ import annotations
 
 import functools
-import math
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..update import Form, Scalars, update_
+from .fast_power import LARGEST_EXPONENT, PARTS, fast_power, split_exponent
 
-# Minimax fits, lowest power first: log2(1 + t) / t for 1 + t in [sqrt(1/2), sqrt(2)], and 2^f for f in [-1/2, 1/2].
-_LOG2 = (1.44269973, -0.721375871, 0.480465032, -0.358961855, 0.297262616, -0.272697891, 0.170634351)
-_EXP2 = (1.0, 0.693146967, 0.240221197, 0.0555071327, 0.00967554133, 0.00132764715)
-_ROOT_HALF_BITS = 0x3F3504F3  # sqrt(1/2) as an fp32 bit pattern
-_SMALLEST_NORMAL = 2.0**-126
-_VALUES = len(Scalars._fields) + 2  # all but the form, the exponent in four parts
+_ROW = 64
+_PLAIN = len(Scalars._fields) - 1  # all but the form
 _OPTIONS = {
-    # Fused multiply-adds halve the chain of dependent instructions, which is what bounds the polynomials.
+    # Fused multiply-adds halve the chains of dependent instructions that bound the polynomials.
     "cpp.enable_floating_point_contract_flag": "fast",
+    # The kernel on disk must serve processes with any number of threads.
+    "cpp.dynamic_threads": True,
 }
 
 
@@ -49,86 +49,78 @@ def step(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: Scalars
 ) -> None:
     """Take one step on every tensor, in place."""
-    kernel = _kernel(scalars.form, params[0].dtype, grads[0].dtype, exp_avgs[0].dtype, exp_avg_sqs[0].dtype)
-    dtype = torch.promote_types(params[0].dtype, torch.float32)
-    values = torch.tensor([*scalars[1:-1], *split_exponent(scalars.exponent)], dtype=dtype)
+    dtypes = [tensors[0].dtype for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+    arithmetic = torch.promote_types(dtypes[0], torch.float32)
+    fast = arithmetic == torch.float32 and abs(scalars.exponent) <= LARGEST_EXPONENT
+    kernel = _kernel(scalars.form, fast, *dtypes)
+    parts = split_exponent(scalars.exponent) if fast else ()
+    values = torch.tensor([*scalars[1:], *parts], dtype=arithmetic)
     for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        if tensors[0].numel():
-            kernel(*_flatten(*tensors), values)
+        if tensors[0].numel() % _ROW == 0 and all([t.is_contiguous() for t in tensors]):
+            if tensors[0].numel():
+                kernel(*[t.view(-1, _ROW) for t in tensors], values)
+        else:
+            _step_irregular(kernel, tensors, values)
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])  # as any in-place operation does
+
+
+def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], values: Tensor) -> None:
+    """Step tensors whose elements are not one whole number of rows, through copies of what does not fit."""
+    param = tensors[0]
+    if torch.ops.aten.is_non_overlapping_and_dense(param) and all(t.stride() == param.stride() for t in tensors):
+        flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
+    else:
+        flat = [t.contiguous().view(-1) for t in tensors]
+    whole = param.numel() // _ROW * _ROW
+    if whole:
+        kernel(*[t[:whole].view(-1, _ROW) for t in flat], values)
+    if whole < param.numel():
+        rest = [torch.nn.functional.pad(t[whole:], (0, whole + _ROW - param.numel())) for t in flat]
+        kernel(*[t.view(1, _ROW) for t in rest], values)
+        for t, padded in zip(flat, rest, strict=True):
+            if t is not flat[1]:
+                t[whole:] = padded[: param.numel() - whole]
+    for i in (0, 2, 3):
+        if flat[i].data_ptr() != tensors[i].data_ptr():  # it was a copy
+            tensors[i].copy_(flat[i].view_as(tensors[i]))
 
 
 @functools.cache
-def _kernel(form: Form, *dtypes: torch.dtype) -> Callable[..., object]:
-    """Compile `update_` for one form and one set of dtypes; inductor keeps the result on disk for later processes."""
-    from torch._inductor import standalone_compile
-    from torch.fx.experimental.proxy_tensor import make_fx
+def _kernel(form: Form, fast: bool, *dtypes: torch.dtype) -> Callable[..., object]:
+    """Compile `update_` for one form and one set of dtypes.
 
-    def kernel(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, values: Tensor):  # type: ignore[no-untyped-def]
-        *plain, y, upper, lower, at_zero = values.unbind()
-        if values.dtype == torch.float32:
-            exponent, power = (y, upper, lower, at_zero), fast_power
-        else:
-            exponent, power = y, torch.pow
-        update_(param, grad, exp_avg, exp_avg_sq, Scalars(form, *plain, exponent), power)
+    Returns:
+        ``kernel(param, grad, exp_avg, exp_avg_sq, values)``: four tensors of shape (rows, _ROW), of these dtypes, and
+        the numbers in `Scalars`, followed by the parts of the exponent if `fast`.
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch._inductor import standalone_compile
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    power: Any = fast_power if fast else torch.pow
+
+    def kernel(param, grad, exp_avg, exp_avg_sq, values):  # no annotations: they would end up in inductor's cache key
+        scalars = Scalars(form, *values[:_PLAIN].unbind())
+        if fast:
+            scalars = scalars._replace(exponent=values[_PLAIN:].unbind())
+        update_(param, grad, exp_avg, exp_avg_sq, scalars, power)
         return ()
 
-    # The length is symbolic; this one only tells inductor that tensors are long, and takes no memory until touched.
-    examples = [torch.empty(2**20, dtype=dtype) for dtype in dtypes]
-    examples.append(torch.zeros(_VALUES, dtype=torch.promote_types(dtypes[0], torch.float32)))
-    graph = make_fx(kernel, tracing_mode="symbolic")(*examples)
-    return standalone_compile(graph, examples, dynamic_shapes="from_graph", options={"config_patches": _OPTIONS})
-
-
-def _flatten(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """View tensors of one dense memory layout as 1-D."""
-    param = tensors[0]
-    if all(t.is_contiguous() for t in tensors):
-        return tuple(t.view(-1) for t in tensors)
-    if all(t.stride() == param.stride() for t in tensors) and torch.ops.aten.is_non_overlapping_and_dense(param):
-        return tuple(t.as_strided((t.numel(),), (1,)) for t in tensors)
-    return tensors
-
-
-def fast_power(x: Tensor, y: Sequence[Tensor]) -> Tensor:
-    """Return ``x ** y`` for fp32 ``x >= 0``, to a relative error of 1e-6 for ``|y| <= 2``; all of it vectorises.
-
-    ``x = 2^e * (1 + t)`` gives ``x^y = 2^(y*e + y*log2(1 + t))``. The integer part of that exponent becomes the
-    result's exponent bits, the rest goes through a polynomial. Subnormal ``x`` counts as zero; beyond fp32's normal
-    range the result is zero or infinite.
-
-    Args:
-        x: Any shape.
-        y: The exponent in parts, as 0-dim tensors: see `split_exponent`.
-    """
-    exponent, upper, lower, at_zero = y
-    bits = x.view(torch.int32)
-    e = (bits - _ROOT_HALF_BITS) >> 23
-    t = (bits - (e << 23)).view(torch.float32) - 1
-    e_value = e.to(torch.float32)
-    log2 = t * _polynomial(_LOG2, t)
-    whole = torch.round(exponent * (e_value + log2))
-    rest = (upper * e_value - whole) + (lower * e_value + exponent * log2)
-    scale = ((torch.clamp(whole.to(torch.int32), -127, 128) + 127) << 23).view(torch.float32)
-    return torch.where(x < _SMALLEST_NORMAL, at_zero, scale * _polynomial(_EXP2, rest))
-
-
-def split_exponent(y: float) -> tuple[float, float, float, float]:
-    """Return what `fast_power` needs to know of ``y``: itself, two parts that sum to it, and ``0 ** y``.
-
-    The upper part has 12 bits, so its product with the 8 bits of an exponent is exact; the lower one carries digits
-    that fp32 could not hold. Beyond 1e5 the exponent makes no difference that fp32 can show, save right at ``x = 1``.
-    """
-    y = max(-1e5, min(y, 1e5))
-    mantissa, binary_exponent = math.frexp(y)
-    upper = math.ldexp(round(mantissa * 4096), binary_exponent - 12)
-    return y, upper, y - upper, math.inf if y < 0 else 0.0
-
-
-def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    """Evaluate a polynomial, lowest power first, by Estrin's rule: its dependency chain is short."""
-    terms: list = list(coefficients)
-    while len(terms) > 1:
-        pairs = [terms[i] + terms[i + 1] * x for i in range(0, len(terms) - 1, 2)]
-        terms = pairs + terms[2 * len(pairs) :]
-        x = x * x
-    return terms[0]
+    # The distance between rows is symbolic too. Were it known to be the length of a row, inductor would merge the two
+    # loops, and the compiler could no longer move what is constant, coefficients and bounds, out of the inner one.
+    rows: Any = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DUCK, DimDynamic.STATIC], dynamic_strides=[DimDynamic.DUCK, DimDynamic.INFER_STRIDE]
+    )
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    examples: list[Any] = []
+    for i, dtype in enumerate(dtypes):
+        example = torch.empty(2**14, 2 * _ROW, dtype=dtype)[:, :_ROW]
+        examples.append(mode.from_tensor(example, symbolic_context=rows, source=ConstantSource(f"tensor{i}")))
+    values = torch.empty(_PLAIN + PARTS * fast, dtype=torch.promote_types(dtypes[0], torch.float32))
+    examples.append(mode.from_tensor(values, static_shapes=True))
+    with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(mode)):
+        graph = make_fx(kernel, tracing_mode="fake")(*examples)
+        options = {"config_patches": _OPTIONS}
+        return standalone_compile(graph, examples, dynamic_shapes="from_tracing_context", options=options)
