@@ -58,7 +58,7 @@ def step(
     for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         if tensors[0].numel() % _ROW == 0 and all([t.is_contiguous() for t in tensors]):
             if tensors[0].numel():
-                kernel(*[t.view(-1, _ROW) for t in tensors], values)
+                kernel([*[t.view(-1, _ROW) for t in tensors], values])
         else:
             _step_irregular(kernel, tensors, values)
     torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])  # as any in-place operation does
@@ -73,10 +73,10 @@ def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], 
         flat = [t.contiguous().view(-1) for t in tensors]
     whole = param.numel() // _ROW * _ROW
     if whole:
-        kernel(*[t[:whole].view(-1, _ROW) for t in flat], values)
+        kernel([*[t[:whole].view(-1, _ROW) for t in flat], values])
     if whole < param.numel():
         rest = [torch.nn.functional.pad(t[whole:], (0, whole + _ROW - param.numel())) for t in flat]
-        kernel(*[t.view(1, _ROW) for t in rest], values)
+        kernel([*[t.view(1, _ROW) for t in rest], values])
         for t, padded in zip(flat, rest, strict=True):
             if t is not flat[1]:
                 t[whole:] = padded[: param.numel() - whole]
@@ -94,7 +94,9 @@ def _kernel(form: Form, fast: bool, *dtypes: torch.dtype) -> Callable[..., objec
         the numbers in `Scalars`, followed by the parts of the exponent if `fast`.
     """
     from torch._dynamo.source import ConstantSource
-    from torch._inductor import standalone_compile
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -120,7 +122,6 @@ def _kernel(form: Form, fast: bool, *dtypes: torch.dtype) -> Callable[..., objec
         examples.append(mode.from_tensor(example, symbolic_context=rows, source=ConstantSource(f"tensor{i}")))
     values = torch.empty(_PLAIN + PARTS * fast, dtype=torch.promote_types(dtypes[0], torch.float32))
     examples.append(mode.from_tensor(values, static_shapes=True))
-    with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(mode)):
-        graph = make_fx(kernel, tracing_mode="fake")(*examples)
-        options = {"config_patches": _OPTIONS}
-        return standalone_compile(graph, examples, dynamic_shapes="from_tracing_context", options=options)
+    with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(mode)), config.patch(_OPTIONS):
+        graph = make_fx(kernel, select_decomp_table(), tracing_mode="fake")(*examples)
+        return compile_fx_inner(graph, examples, is_inference=True)
