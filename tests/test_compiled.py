@@ -125,6 +125,7 @@ def test_a_step_needs_no_memory_to_speak_of():
 def test_without_a_compiler_an_explicit_choice_raises_and_auto_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
     backends._refusal.cache_clear()
+    compiled.unavailable.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="C\\+\\+ compiler"):
             backends.select("compiled", torch.device("cpu"), 10**9)
@@ -132,6 +133,7 @@ def test_without_a_compiler_an_explicit_choice_raises_and_auto_says_so_once(monk
         assert sum("C++ compiler" in record.message for record in caplog.records) == 1
     finally:
         backends._refusal.cache_clear()
+        compiled.unavailable.cache_clear()
 
 
 RUN = """

@@ -34,6 +34,7 @@ _OPTIONS = {
 }
 
 
+@functools.cache
 def unavailable(device: torch.device) -> str | None:
     """Return why kernels cannot be built for `device`, or None if they can."""
     if device.type != "cpu":
