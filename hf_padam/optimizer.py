@@ -127,44 +127,50 @@ class PAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        active = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        active = []  # `.grad` is read once: on hundreds of small tensors the look-ups add up
+        for group in self.param_groups:
+            pairs = [(param, param.grad) for param in group["params"]]
+            active.append((group, [(param, grad) for param, grad in pairs if grad is not None]))
         elements: defaultdict[torch.device, int] = defaultdict(int)
-        for group, params in active:
+        for group, pairs in active:
             check_hyperparameters(group)
-            for param in params:
-                if param.grad.is_sparse or param.grad.layout is not torch.strided:
+            for param, grad in pairs:
+                if grad.layout is not torch.strided:
                     raise RuntimeError(
-                        f"PAdam needs dense gradients; one of shape {tuple(param.shape)} is {param.grad.layout}. "
+                        f"PAdam needs dense gradients; one of shape {tuple(param.shape)} is {grad.layout}. "
                         "Set sparse=False on the embedding, or use torch.optim.SparseAdam for it."
                     )
                 elements[param.device] += param.numel()
         selected = {device: backends.select(self.backend, device, count) for device, count in elements.items()}
-        for group, params in active:
+        for group, pairs in active:
             hyperparameters = {name: group[name] for name in HYPERPARAMETERS} | {"lr": float(group["lr"])}
-            for number, tensors in self._buckets(params):
+            for number, tensors in self._buckets(pairs):
                 selected[tensors[0][0].device].step(*tensors, prepare(number, **hyperparameters))
         return loss
 
-    def _buckets(self, params: list[Tensor]) -> list[tuple[int, tuple[list[Tensor], ...]]]:
+    def _buckets(self, pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[int, tuple[list[Tensor], ...]]]:
         """Count each parameter's step; sort local tensors into aligned lists of one step number, device and dtypes."""
         buckets: defaultdict[tuple, tuple[list[Tensor], ...]] = defaultdict(lambda: ([], [], [], []))
-        for param in params:
-            state = self.state[param]
+        states = [self.state[param] for param, _ in pairs]
+        for (param, _), state in zip(pairs, states, strict=True):
             if not state:
                 dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 for name in _STATE:
                     state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-            state["step"] += 1
-            grad = param.grad
-            if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
-                # E.g. a replicated weight under sequence parallelism: its gradient is a partial sum until reduced.
-                grad = grad.redistribute(placements=param.placements)
-            tensors = [_local(t) for t in (param, grad, state["exp_avg"], state["exp_avg_sq"])]  # type: ignore[arg-type]
-            key = (int(state["step"]), param.device, *(t.dtype for t in tensors))
-            for values, tensor in zip(buckets[key], tensors, strict=True):
+        if pairs:
+            torch._foreach_add_([state["step"] for state in states], 1)
+        for (param, grad), state in zip(pairs, states, strict=True):
+            first, second = state["exp_avg"], state["exp_avg_sq"]
+            if isinstance(param, DTensor):
+                if isinstance(grad, DTensor) and grad.placements != param.placements:
+                    # E.g. a replicated weight under sequence parallelism: its gradient is a sum yet to be completed.
+                    grad = grad.redistribute(placements=param.placements)
+                param, grad, first, second = (_local(t) for t in (param, grad, first, second))
+            key = (state["step"].item(), param.device, param.dtype, grad.dtype, first.dtype, second.dtype)
+            for values, tensor in zip(buckets[key], (param, grad, first, second)):  # noqa: B905 (both are four long)
                 values.append(tensor)
-        return [(key[0], bucket) for key, bucket in buckets.items()]
+        return [(int(key[0]), bucket) for key, bucket in buckets.items()]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load groups and state, in the dtype they were saved in; torch would cast state to the parameter's dtype."""

@@ -1,4 +1,9 @@
-"""The function that `eager` loops over, compiled by torch.compile into one fused, vectorised pass over memory.
+"""The function that `eager` loops over, compiled by TorchInductor into one fused, vectorised C++ loop for CPUs.
+
+One kernel serves every tensor: dense ones are viewed as rows of 64 elements, and the number of rows is symbolic. The
+kernel is called directly, below torch.compile: the guards and wrappers of a `torch.compile`-d function cost about
+0.1 ms a call, which over the hundreds of tensors of a language model would be a quarter of the step. Inductor keeps
+its kernels on disk (see TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine compiles.
 
 The generic power is the expensive part on a CPU, where `pow` does not vectorise well; `fast_power` stands in for it.
 """
@@ -11,26 +16,29 @@ import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..update import Form, Scalars, update_
+from .fast_power import LARGEST_EXPONENT, PARTS, fast_power, split_exponent
 
-# Chebyshev fits, highest power first: log2(1 + t) / t for 1 + t in [sqrt(1/2), sqrt(2)], and 2^f for f in [-1/2, 1/2].
-_LOG2 = (-0.146203534, 0.234209851, -0.248821806, 0.287075611, -0.360241986, 0.480924039, -0.721352759, 1.44269496)
-_EXP2 = (0.00015469732, 0.00134004322, 0.0096180256, 0.0555032721, 0.240226512, 0.693147207, 1.0)
-_ROOT_HALF_BITS = 0x3F3504F3  # sqrt(1/2) as an fp32 bit pattern
-_SMALLEST_NORMAL = 2.0**-126
-_MAX_VARIANTS = 512  # torch.compile gives up specialising after 8 shapes by default, without an error
+_ROW = 64
+_PLAIN = len(Scalars._fields) - 1  # all but the form
+_OPTIONS = {
+    # Fused multiply-adds halve the chains of dependent instructions that bound the polynomials.
+    "cpp.enable_floating_point_contract_flag": "fast",
+    # The kernel on disk must serve processes with any number of threads.
+    "cpp.dynamic_threads": True,
+}
 
 
+@functools.cache
 def unavailable(device: torch.device) -> str | None:
-    """Return why torch.compile cannot build kernels for `device`, or None if it can."""
+    """Return why kernels cannot be built for `device`, or None if they can."""
     if device.type != "cpu":
-        from torch.utils._triton import has_triton
-
-        return None if has_triton() else f"Triton, which generates the code for {device.type} devices, is missing"
+        return f"it generates C++ code for CPUs, not code for {device.type} devices"
     if not any(name and shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++")):
         return "no C++ compiler was found: install g++ or clang++, or name one in CXX"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
@@ -42,61 +50,79 @@ def step(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: Scalars
 ) -> None:
     """Take one step on every tensor, in place."""
-    kernel = _kernel(scalars.form)
-    dtype = torch.promote_types(params[0].dtype, torch.float32)
-    values = torch.tensor(scalars[1:], dtype=dtype, device=params[0].device)
+    dtypes = [tensors[0].dtype for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+    arithmetic = torch.promote_types(dtypes[0], torch.float32)
+    fast = arithmetic == torch.float32 and abs(scalars.exponent) <= LARGEST_EXPONENT
+    kernel = _kernel(scalars.form, fast, *dtypes)
+    parts = split_exponent(scalars.exponent) if fast else ()
+    values = torch.tensor([*scalars[1:], *parts], dtype=arithmetic)
     for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        if tensors[0].numel():
-            kernel(*_flatten(*tensors), values)
+        if tensors[0].numel() % _ROW == 0 and all([t.is_contiguous() for t in tensors]):
+            if tensors[0].numel():
+                kernel([*[t.view(-1, _ROW) for t in tensors], values])
+        else:
+            _step_irregular(kernel, tensors, values)
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])  # as any in-place operation does
+
+
+def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], values: Tensor) -> None:
+    """Step tensors whose elements are not one whole number of rows, through copies of what does not fit."""
+    param = tensors[0]
+    if torch.ops.aten.is_non_overlapping_and_dense(param) and all(t.stride() == param.stride() for t in tensors):
+        flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
+    else:
+        flat = [t.contiguous().view(-1) for t in tensors]
+    whole = param.numel() // _ROW * _ROW
+    if whole:
+        kernel([*[t[:whole].view(-1, _ROW) for t in flat], values])
+    if whole < param.numel():
+        rest = [torch.nn.functional.pad(t[whole:], (0, whole + _ROW - param.numel())) for t in flat]
+        kernel([*[t.view(1, _ROW) for t in rest], values])
+        for t, padded in zip(flat, rest, strict=True):
+            if t is not flat[1]:
+                t[whole:] = padded[: param.numel() - whole]
+    for i in (0, 2, 3):
+        if flat[i].data_ptr() != tensors[i].data_ptr():  # it was a copy
+            tensors[i].copy_(flat[i].view_as(tensors[i]))
 
 
 @functools.cache
-def _kernel(form: Form) -> Callable[..., None]:
-    """Compile `update_` for one form. Shapes are static: the generated loops vectorise only then."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_VARIANTS)
+def _kernel(form: Form, fast: bool, *dtypes: torch.dtype) -> Callable[..., object]:
+    """Compile `update_` for one form and one set of dtypes.
 
-    def kernel(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, values: Tensor) -> None:
-        power = fast_power if values.dtype == torch.float32 else torch.pow
-        update_(param, grad, exp_avg, exp_avg_sq, Scalars(form, *values.unbind()), power)  # type: ignore[arg-type]
-
-    return torch.compile(kernel, dynamic=False, fullgraph=True)
-
-
-def _flatten(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """View tensors of one dense memory layout as 1-D: one kernel per size then serves all shapes."""
-    param = tensors[0]
-    if all(t.is_contiguous() for t in tensors):
-        return tuple(t.view(-1) for t in tensors)
-    if all(t.stride() == param.stride() for t in tensors) and torch.ops.aten.is_non_overlapping_and_dense(param):
-        return tuple(t.as_strided((t.numel(),), (1,)) for t in tensors)
-    return tensors
-
-
-def fast_power(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``x ** y`` for fp32 ``x >= 0`` and a 0-dim fp32 ``y``, to a relative error of 3e-7; it vectorises.
-
-    ``x = 2^e * (1 + t)`` gives ``x^y = 2^(y*e + y*log2(1 + t))``. The integer part of that exponent becomes the
-    result's exponent bits, the rest goes through a polynomial. Subnormal ``x`` counts as zero; beyond fp32's normal
-    range the result is zero or infinite.
+    Returns:
+        ``kernel(param, grad, exp_avg, exp_avg_sq, values)``: four tensors of shape (rows, _ROW), of these dtypes, and
+        the numbers in `Scalars`, followed by the parts of the exponent if `fast`.
     """
-    bits = x.view(torch.int32)
-    exponent = (bits - _ROOT_HALF_BITS) >> 23
-    t = (bits - (exponent << 23)).view(torch.float32) - 1
-    exponent_value = exponent.to(torch.float32)
-    # y in two parts, the upper of 12 bits: its product with an exponent of 8 bits is exact, so no digits are lost.
-    upper = (y.view(torch.int32) & -4096).view(torch.float32)
-    product = upper * exponent_value
-    whole = torch.round(product)
-    rest = (product - whole) + ((y - upper) * exponent_value + y * (t * _polynomial(_LOG2, t)))
-    carry = torch.round(rest)
-    scale = ((torch.clamp(whole + carry, -127, 128).to(torch.int32) + 127) << 23).view(torch.float32)
-    at_zero = torch.where(y < 0, float("inf"), 0.0)
-    return torch.where(x < _SMALLEST_NORMAL, at_zero, scale * _polynomial(_EXP2, rest - carry))
+    from torch._dynamo.source import ConstantSource
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+    power: Any = fast_power if fast else torch.pow
 
-def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    """Evaluate a polynomial, highest power first, by Horner's rule."""
-    result = torch.full_like(x, coefficients[0])
-    for coefficient in coefficients[1:]:
-        result = result * x + coefficient
-    return result
+    def kernel(param, grad, exp_avg, exp_avg_sq, values):  # no annotations: they would end up in inductor's cache key
+        scalars = Scalars(form, *values[:_PLAIN].unbind())
+        if fast:
+            scalars = scalars._replace(exponent=values[_PLAIN:].unbind())
+        update_(param, grad, exp_avg, exp_avg_sq, scalars, power)
+        return ()
+
+    # The distance between rows is symbolic too. Were it known to be the length of a row, inductor would merge the two
+    # loops, and the compiler could no longer move what is constant, coefficients and bounds, out of the inner one.
+    rows: Any = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DUCK, DimDynamic.STATIC], dynamic_strides=[DimDynamic.DUCK, DimDynamic.INFER_STRIDE]
+    )
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    examples: list[Any] = []
+    for i, dtype in enumerate(dtypes):
+        example = torch.empty(2**14, 2 * _ROW, dtype=dtype)[:, :_ROW]
+        examples.append(mode.from_tensor(example, symbolic_context=rows, source=ConstantSource(f"tensor{i}")))
+    values = torch.empty(_PLAIN + PARTS * fast, dtype=torch.promote_types(dtypes[0], torch.float32))
+    examples.append(mode.from_tensor(values, static_shapes=True))
+    with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(mode)), config.patch(_OPTIONS):
+        graph = make_fx(kernel, select_decomp_table(), tracing_mode="fake")(*examples)
+        return compile_fx_inner(graph, examples, is_inference=True)

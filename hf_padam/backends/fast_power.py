@@ -1,0 +1,76 @@
+"""A power that vectorises on CPUs, where `torch.pow` costs several times the rest of the update."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LARGEST_EXPONENT = 2.0
+"""Up to which `fast_power` is accurate, in magnitude: enough for p in (0, 4]."""
+
+_DEGREE = 9  # of the polynomial for m^y
+PARTS = 4 + _DEGREE
+"""How many numbers `split_exponent` returns."""
+
+_EXP2 = (1.0, 0.693146967, 0.240221197, 0.0555071327, 0.00967554133, 0.00132764715)
+"""2^t for t in [-1/2, 1/2], lowest power first: a minimax fit, 8e-8 off at most."""
+
+_SMALLEST_NORMAL = 2.0**-126
+
+
+def fast_power(x: Tensor, y: Sequence[Tensor]) -> Tensor:
+    """Return ``x ** y`` for fp32 ``x >= 0`` and ``|y| <= 2``, to a relative error of 1.5e-6.
+
+    ``x = 2^e * m`` with ``1 <= m < 2`` gives ``x^y = 2^whole * m^y * 2^rest`` where ``y*e = whole + rest``: bits, and
+    two polynomials that the processor can evaluate side by side. The usual ``2^(y*log2(x))`` needs them one after the
+    other, and the length of such chains is what bounds the speed. Subnormal ``x`` counts as zero; beyond fp32's normal
+    range the result is zero or infinite.
+
+    Args:
+        x: Any shape.
+        y: The exponent in parts, 0-dim tensors: see `split_exponent`.
+    """
+    upper, lower, at_zero, *coefficients = y
+    bits = x.view(torch.int32)
+    e = ((bits >> 23) - 127).to(torch.float32)
+    t = ((bits & 0x007FFFFF) | 0x3F800000).view(torch.float32) - 1.5
+    product = upper * e
+    whole = torch.round(product)
+    rest = (product - whole) + lower * e
+    scale = ((torch.clamp(whole.to(torch.int32), -127, 128) + 127) << 23).view(torch.float32)
+    scale = torch.where(x < _SMALLEST_NORMAL, at_zero, scale)
+    return (scale * _polynomial(coefficients, t)) * _polynomial(_EXP2, rest)
+
+
+@functools.lru_cache(maxsize=64)
+def split_exponent(y: float) -> tuple[float, ...]:
+    """Return what `fast_power` needs to know of ``y``, in ``[-2, 2]``.
+
+    First two parts that sum to it: the upper one has 12 bits, so its product with the 8 bits of an exponent is exact,
+    and the lower one has the digits that fp32 could not hold. Then ``0 ** y``, and the coefficients, lowest power
+    first, of the polynomial that interpolates ``(1.5 + t)^y`` at the Chebyshev points of [-1/2, 1/2].
+    """
+    mantissa, binary_exponent = math.frexp(y)
+    upper = math.ldexp(round(mantissa * 4096), binary_exponent - 12)
+    points = torch.arange(_DEGREE + 1, dtype=torch.float64)
+    points = torch.cos((points + 0.5) * math.pi / (_DEGREE + 1)) / 2
+    powers = points[:, None] ** torch.arange(_DEGREE + 1)
+    coefficients = torch.linalg.solve(powers, (1.5 + points) ** y)
+    return upper, y - upper, math.inf if y < 0 else 0.0, *coefficients.tolist()
+
+
+def _polynomial(coefficients: Sequence[float | Tensor], x: Tensor) -> Tensor:
+    """Evaluate a polynomial, lowest power first, by Horner's rule in ``x^2``: half as long a chain as in ``x``.
+
+    (Estrin's rule is shorter yet, but its ``x^4`` runs into subnormal numbers, on which CPUs crawl.)
+    """
+    pairs: list = [low + high * x for low, high in zip(coefficients[0::2], coefficients[1::2], strict=False)]
+    pairs += coefficients[2 * len(pairs) :]
+    square, result = x * x, pairs.pop()
+    while pairs:
+        result = result * square + pairs.pop()
+    return result
