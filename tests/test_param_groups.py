@@ -76,7 +76,7 @@ def test_frozen_weights_are_in_no_group():
         ([r".*\.q_proj", "v_proj"], {n for n in LLAMA_LINEAR if "q_proj" in n or "v_proj" in n}),
         (r"model\.layers\.1\..*", {n for n in LLAMA_LINEAR if ".1." in n}),
     ],
-    ids=str,
+    ids=["all-linear", "part", "regex and part", "regex"],
 )
 def test_target_modules_narrow_the_choice(target_modules, expected):
     assert set(decayed_parameters(tiny_llama(), target_modules=target_modules)) == expected

@@ -147,7 +147,9 @@ def test_a_gguf_file_trains_as_a_dense_model(tmp_path):
     from conftest import CHARACTERS, tiny_llama
     from support.models import load_model_and_tokenizer
 
-    source = tiny_llama(attention_bias=False, tie_word_embeddings=False, num_key_value_heads=4)
+    source = tiny_llama(
+        vocab_size=len(CHARACTERS) + 3, attention_bias=False, tie_word_embeddings=False, num_key_value_heads=4
+    )
     file = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(file, "llama")
     config = source.config
@@ -161,9 +163,9 @@ def test_a_gguf_file_trains_as_a_dense_model(tmp_path):
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    tokens = ["<unk>", "<eos>", *(c if c.strip() else {" ": "\u0120", "\n": "\u010a"}[c] for c in CHARACTERS)]
+    tokens = ["<unk>", "<eos>", *(c if c.strip() else {" ": "\u0120", "\n": "\u010a"}[c] for c in CHARACTERS), "th"]
     writer.add_token_list(tokens)
-    writer.add_token_types([3, 3] + [1] * len(CHARACTERS))
+    writer.add_token_types([3, 3] + [1] * (len(CHARACTERS) + 1))
     writer.add_token_merges(["t h"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(1)
