@@ -148,7 +148,7 @@ def test_a_gguf_file_trains_as_a_dense_model(tmp_path):
     from support.models import load_model_and_tokenizer
 
     source = tiny_llama(
-        vocab_size=len(CHARACTERS) + 3, attention_bias=False, tie_word_embeddings=False, num_key_value_heads=4
+        vocab_size=len(CHARACTERS) + 4, attention_bias=False, tie_word_embeddings=False, num_key_value_heads=4
     )
     file = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(file, "llama")
