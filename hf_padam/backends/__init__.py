@@ -18,14 +18,14 @@ from types import ModuleType
 
 import torch
 
-from . import compiled, eager
+from . import compiled, eager, triton
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType] = {"eager": eager, "compiled": compiled}
+BACKENDS: dict[str, ModuleType] = {"eager": eager, "compiled": compiled, "triton": triton}
 CHOICES = ("auto", *BACKENDS)
 _COMPILE_PAYS_FROM = 1_000_000
-"""Elements. Below, an eager step takes a few milliseconds and seconds of compilation never pay for themselves."""
+"""Elements. Below, an eager step on a CPU takes some milliseconds and seconds of compilation hardly pay."""
 
 
 def check(choice: str, device: torch.device) -> None:
@@ -53,9 +53,11 @@ def select(choice: str, device: torch.device, elements: int) -> ModuleType:
         RuntimeError: If `choice` names a backend that cannot run on `device`.
     """
     if choice == "auto":
-        if elements < _COMPILE_PAYS_FROM or _refusal("compiled", device.type):
-            return eager
-        return compiled
+        if device.type == "cpu":
+            name = "compiled" if elements >= _COMPILE_PAYS_FROM else "eager"
+        else:
+            name = "triton"
+        return eager if _refusal(name, device.type) else BACKENDS[name]
     check(choice, device)
     return BACKENDS[choice]
 

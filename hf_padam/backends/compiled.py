@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..update import Form, Scalars, update_
+from ..update import Form, Scalars, exact_power, update_
 from .fast_power import LARGEST_EXPONENT, PARTS, fast_power, split_exponent
 
 _ROW = 64
@@ -102,7 +102,7 @@ def _kernel(form: Form, fast: bool, *dtypes: torch.dtype) -> Callable[..., objec
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    power: Any = fast_power if fast else torch.pow
+    power: Any = fast_power if fast else exact_power
 
     def kernel(param, grad, exp_avg, exp_avg_sq, values):  # no annotations: they would end up in inductor's cache key
         scalars = Scalars(form, *values[:_PLAIN].unbind())

@@ -1,0 +1,120 @@
+"""The one transcription of `hf_padam.update`: the same steps, with the same numbers, for one block of one tensor.
+
+A launch covers many tensors. A table holds the addresses of their data, and each program looks up which tensor, and
+which part of it, is its own. Every element is read once and written once; the arithmetic is fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..update import FLUSH_THRESHOLD, Form
+
+NONE, HALF, ONE, THREE_HALVES, TWO, BELOW_TWO, ABOVE_TWO = (tl.constexpr(i) for i in range(len(Form)))
+FORM_NUMBER = {form: i for i, form in enumerate(Form)}
+_FLUSH = tl.constexpr(FLUSH_THRESHOLD)
+_SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+_MANTISSA = tl.constexpr(0x007FFFFF)
+_ONE = tl.constexpr(0x3F800000)
+
+
+@triton.jit
+def power(x, y, y_upper, y_lower, at_zero):
+    """Return ``x ** y`` for ``x >= 0``, as `fast_power` does: ``2^whole * 2^(rest + y * log2(m))``.
+
+    A plain ``exp2(y * log2(x))`` loses the digits that the size of the exponent takes, a hundredfold error at 1e-30.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    e = ((bits >> 23) - 127).to(tl.float32)
+    m = ((bits & _MANTISSA) | _ONE).to(tl.float32, bitcast=True)
+    product = y_upper * e
+    whole = tl.floor(product + 0.5)
+    rest = (product - whole) + (y_lower * e + y * tl.log2(m))
+    biased = tl.minimum(tl.maximum(whole, -127.0), 128.0).to(tl.int32) + 127
+    scale = (biased << 23).to(tl.float32, bitcast=True)
+    return tl.where(x < _SMALLEST_NORMAL, at_zero, scale * tl.exp2(rest))
+
+
+@triton.jit
+def inverse_factor(weight, shrink, decay, y, y_upper, y_lower, at_zero, FORM: tl.constexpr):
+    """Return ``1 / r(weight)``, see `update.inverse_factor`."""
+    magnitude = tl.abs(weight)
+    if FORM == NONE:
+        result = tl.zeros_like(weight) + shrink
+    elif FORM == HALF:
+        result = shrink + decay / (magnitude * tl.sqrt(magnitude))
+    elif FORM == ONE:
+        result = shrink + decay / magnitude
+    elif FORM == THREE_HALVES:
+        result = shrink + decay / tl.sqrt(magnitude)
+    elif FORM == TWO:
+        result = tl.zeros_like(weight) + (shrink + decay)
+    else:
+        result = shrink + decay * power(magnitude, y, y_upper, y_lower, at_zero)
+    return result
+
+
+@triton.jit
+def step_kernel(
+    pointers,  # int64 (4, tensors): addresses of the parameters, gradients, first and second moments
+    lengths,  # int64 (tensors,)
+    block_tensors,  # int32 (blocks,): which tensor a block belongs to
+    block_starts,  # int64 (blocks,): its first element there
+    tensors,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    step_size,
+    inverse_root_correction2,
+    eps,
+    shrink,
+    decay,
+    y,
+    y_upper,
+    y_lower,
+    at_zero,
+    FORM: tl.constexpr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    MOMENT1: tl.constexpr,
+    MOMENT2: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Update one block."""
+    block = tl.program_id(0)
+    tensor = tl.load(block_tensors + block)
+    start = tl.load(block_starts + block)
+    length = tl.load(lengths + tensor)
+    row = pointers + tensor
+    param = tl.load(row).to(tl.pointer_type(PARAM))
+    grad = tl.load(row + tensors).to(tl.pointer_type(GRAD))
+    exp_avg = tl.load(row + 2 * tensors).to(tl.pointer_type(MOMENT1))
+    exp_avg_sq = tl.load(row + 3 * tensors).to(tl.pointer_type(MOMENT2))
+    if ALIGNED:  # lets the compiler move 16 bytes at a time
+        param = tl.multiple_of(param, 16)
+        grad = tl.multiple_of(grad, 16)
+        exp_avg = tl.multiple_of(exp_avg, 16)
+        exp_avg_sq = tl.multiple_of(exp_avg_sq, 16)
+        length = tl.multiple_of(length, 16)
+    at = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
+    inside = at < length
+    weight = tl.load(param + at, mask=inside, other=1.0).to(tl.float32)
+    gradient = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    # 1. Adam's moments. (The other common form, m + (1 - beta1) * (g - m), overflows for huge gradients.)
+    first = beta1 * tl.load(exp_avg + at, mask=inside, other=0.0).to(tl.float32) + one_minus_beta1 * gradient
+    second = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32)
+    second = beta2 * second + one_minus_beta2 * gradient * gradient
+    # 2. Adam's step, bias corrections folded into the scalars.
+    stepped = weight - step_size * (first / (tl.sqrt(second) * inverse_root_correction2 + eps))
+    # 3. pWD: shrink by the factor of the weight before the step.
+    new = stepped / inverse_factor(weight, shrink, decay, y, y_upper, y_lower, at_zero, FORM)
+    # 4. What is as good as dead is zero, on every device alike.
+    if FORM == HALF or FORM == ONE or FORM == THREE_HALVES or FORM == BELOW_TWO:
+        new = tl.where(tl.abs(new) < _FLUSH, 0.0, new)
+    # 5. Back into the storage dtype.
+    tl.store(param + at, new.to(PARAM), mask=inside)
+    tl.store(exp_avg + at, first.to(MOMENT1), mask=inside)
+    tl.store(exp_avg_sq + at, second.to(MOMENT2), mask=inside)
