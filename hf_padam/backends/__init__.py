@@ -7,7 +7,7 @@
         Why the backend cannot run there, or None if it can.
 
 `select` turns a user's choice into one of them. "auto" takes the fastest that is available there; an explicit
-that cannot be met is an error, never a silent substitute.
+choice that cannot be met is an error, never a silent substitute.
 """
 
 from __future__ import annotations

@@ -26,12 +26,6 @@ from .fast_power import LARGEST_EXPONENT, PARTS, fast_power, split_exponent
 
 _ROW = 64
 _PLAIN = len(Scalars._fields) - 1  # all but the form
-_OPTIONS = {
-    # Fused multiply-adds halve the chains of dependent instructions that bound the polynomials.
-    "cpp.enable_floating_point_contract_flag": "fast",
-    # The kernel on disk must serve processes with any number of threads.
-    "cpp.dynamic_threads": True,
-}
 
 
 @functools.cache
@@ -43,6 +37,10 @@ def unavailable(device: torch.device) -> str | None:
         return "no C++ compiler was found: install g++ or clang++, or name one in CXX"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return "the C headers of Python were not found: install python3-dev (or your system's name for it)"
+    try:
+        from . import inductor  # noqa: F401
+    except ImportError as error:
+        return f"torch {torch.__version__} lacks an entry point of TorchInductor that it uses ({error})"
     return None
 
 
@@ -94,13 +92,7 @@ def _kernel(form: Form, fast: bool, *dtypes: torch.dtype) -> Callable[..., objec
         ``kernel(param, grad, exp_avg, exp_avg_sq, values)``: four tensors of shape (rows, _ROW), of these dtypes, and
         the numbers in `Scalars`, followed by the parts of the exponent if `fast`.
     """
-    from torch._dynamo.source import ConstantSource
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+    from . import inductor
 
     power: Any = fast_power if fast else exact_power
 
@@ -111,18 +103,5 @@ def _kernel(form: Form, fast: bool, *dtypes: torch.dtype) -> Callable[..., objec
         update_(param, grad, exp_avg, exp_avg_sq, scalars, power)
         return ()
 
-    # The distance between rows is symbolic too. Were it known to be the length of a row, inductor would merge the two
-    # loops, and the compiler could no longer move what is constant, coefficients and bounds, out of the inner one.
-    rows: Any = StatelessSymbolicContext(
-        dynamic_sizes=[DimDynamic.DUCK, DimDynamic.STATIC], dynamic_strides=[DimDynamic.DUCK, DimDynamic.INFER_STRIDE]
-    )
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    examples: list[Any] = []
-    for i, dtype in enumerate(dtypes):
-        example = torch.empty(2**14, 2 * _ROW, dtype=dtype)[:, :_ROW]
-        examples.append(mode.from_tensor(example, symbolic_context=rows, source=ConstantSource(f"tensor{i}")))
     values = torch.empty(_PLAIN + PARTS * fast, dtype=torch.promote_types(dtypes[0], torch.float32))
-    examples.append(mode.from_tensor(values, static_shapes=True))
-    with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(mode)), config.patch(_OPTIONS):
-        graph = make_fx(kernel, select_decomp_table(), tracing_mode="fake")(*examples)
-        return compile_fx_inner(graph, examples, is_inference=True)
+    return inductor.compile_over_rows(kernel, dtypes, _ROW, values)

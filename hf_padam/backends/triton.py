@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..update import Scalars
+from ..update import Scalars, prepare
 from . import eager
 from .fast_power import split_exponent
 
@@ -44,7 +44,25 @@ def unavailable(device: torch.device) -> str | None:
         return f"Triton has no code generator for {device.type} devices"
     from torch.utils._triton import has_triton
 
-    return None if interpreted or has_triton() else "Triton is installed but does not support this device"
+    if not interpreted and not has_triton():
+        return "Triton is installed but does not support this device"
+    try:
+        return None if _agrees_with_eager(device) else "its results differ from eager's there: please report this"
+    except Exception as error:  # whatever a compiler or driver raises: the reason to use another backend
+        return f"its kernel does not run there ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+
+
+def _agrees_with_eager(device: torch.device) -> bool:
+    """Compare a small step with eager's: there are more compilers, drivers and chips than a test suite can cover."""
+    scalars = prepare(1, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, p_norm=0.8, lambda_p=0.05, weight_decay=0.1)
+    weight = torch.linspace(-1, 1, 3001, device=device)
+    results = []
+    for take_step in (eager.step, step):
+        new = weight.clone()
+        take_step([new], [weight.sin()], [torch.zeros_like(weight)], [torch.zeros_like(weight)], scalars)
+        results.append(new)
+    expected, got = results
+    return torch.allclose(got, expected, rtol=1e-5, atol=1e-7) and torch.equal(got == 0, expected == 0)
 
 
 def step(
