@@ -25,7 +25,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def peak_extra_bytes(step: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
@@ -86,7 +86,7 @@ def peak_extra_bytes(step: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-def contenders(params: list[Tensor], p_norms: list[float]) -> list[tuple[str, float | None, Callable[[], Any]]]:
+def contenders(params: Sequence[Tensor], p_norms: list[float]) -> list[tuple[str, float | None, Callable[[], Any]]]:
     """Return (name, p_norm, step) for everything timed. All share one pair of moments, so that large models fit."""
     moments = {param: dict(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param)) for param in params}
 
@@ -119,7 +119,7 @@ def contenders(params: list[Tensor], p_norms: list[float]) -> list[tuple[str, fl
             optimizer = sharing(PAdam(params, lr=LR, lambda_p=LAMBDA_P, weight_decay=0.0, backend=name), cpu)
             for p_norm in p_norms:
                 timed.append((f"PAdam {name}", p_norm, lambda o=optimizer, p=p_norm: padam(o, p)))  # type: ignore[misc]
-    return timed + [("two-pass", p_norm, lambda p=p_norm: two_pass(p)) for p_norm in p_norms]  # type: ignore[misc]
+    return timed + [("two-pass", p_norm, lambda p=p_norm: two_pass(p)) for p_norm in p_norms]
 
 
 def time_steps(model: str, dtype: str, p_norms: list[float], repeats: int, device: torch.device) -> list[Row]:
@@ -208,7 +208,8 @@ def main(argv: list[str] | None = None) -> None:
             rows += time_steps(model, dtype, options.p_norms, options.repeats, device)
             if options.trainer_steps:
                 with tempfile.TemporaryDirectory() as scratch:
-                    rows += time_trainer(model, dtype, options.trainer_steps, *options.trainer_batch, device, scratch)
+                    batch, length = options.trainer_batch
+                    rows += time_trainer(model, dtype, options.trainer_steps, batch, length, device, scratch)
             if options.output:  # after every part: a long run that is cut short keeps what it has
                 write_atomically(options.output, json.dumps(rows, indent=1))
     show(rows)

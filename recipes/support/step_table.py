@@ -10,7 +10,6 @@ from rich.table import Table
 from hf_padam.files import staged
 
 Row = dict[str, Any]
-_COLUMNS = ("model", "dtype", "p", "optimizer", "ms", "x fused AdamW", "GB/s", "extra MB", "first step s", "tokens/s")
 
 
 def show(rows: list[Row]) -> None:
