@@ -31,11 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(parser: argparse.ArgumentParser, script: str, arguments: list[str], is_module: bool) -> None:
-    """Execute a script or module as ``__main__``."""
+    """Execute a script or module as ``__main__``. Importing this package has registered the name already."""
     if not is_module and not os.path.isfile(script):
         parser.error(f"{script!r} is not a file. Give the path of a Python script, or -m and the name of a module.")
-    import hf_padam  # noqa: F401  (registers the name; imported late so that --help is quick)
-
     sys.argv = [script, *arguments]
     if is_module:
         sys.path.insert(0, os.getcwd())
