@@ -5,7 +5,7 @@ for any p norm of arXiv 2404.10824; it is not the *partially adaptive* "Padam" o
 """
 
 from . import registration
-from .metrics import Perplexity, WeightSparsity
+from .metrics import Perplexity, WeightSparsity, sequence_nll
 from .optimizer import PAdam
 from .param_groups import decayed_parameters, get_param_groups
 from .trainer import PAdamTrainer, PAdamTrainingArguments
@@ -19,6 +19,7 @@ __all__ = [
     "WeightSparsity",
     "decayed_parameters",
     "get_param_groups",
+    "sequence_nll",
 ]
 
 registration.register()

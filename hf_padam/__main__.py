@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import runpy
 import sys
 from collections.abc import Sequence
+
+from . import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -16,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: The arguments; those of the process by default.
     """
     parser = argparse.ArgumentParser(prog="hf-padam", description="PAdam for Hugging Face Transformers.")
+    parser.add_argument("--version", action="version", version=f"hf-padam {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser(
         "run",
@@ -37,10 +41,19 @@ def _run(parser: argparse.ArgumentParser, script: str, arguments: list[str], is_
     sys.argv = [script, *arguments]
     if is_module:
         sys.path.insert(0, os.getcwd())
+        if not _module_exists(script):
+            parser.error(f"there is no module named {script!r} in this Python ({sys.executable}).")
         runpy.run_module(script, run_name="__main__", alter_sys=True)
     else:
         sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
         runpy.run_path(script, run_name="__main__")
+
+
+def _module_exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that should hold it
+        return False
 
 
 if __name__ == "__main__":

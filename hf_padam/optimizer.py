@@ -46,7 +46,7 @@ class PAdam(Optimizer):
         p_norm: The norm's p, positive. Below 1 small weights die fast and large ones are left alone; 2 is AdamW's.
         lambda_p: Strength of the p-norm decay, at least 0.
         weight_decay: Strength of the L2 decay (the paper's lambda_2), at least 0. As in AdamW, up to order lr^2.
-        backend: "auto", "eager" or "compiled"; see `hf_padam.backends`.
+        backend: "auto", "eager", "compiled" (CPU) or "triton" (GPU); see `hf_padam.backends`.
 
     State, created at the first step: ``step`` (a scalar), ``exp_avg`` and ``exp_avg_sq`` (like the parameter, in its
     dtype; in fp32 for fp16 parameters, whose squared gradients fp16 cannot hold). Loading keeps the saved dtype.

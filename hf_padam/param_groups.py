@@ -167,6 +167,6 @@ def _nothing_left(model: nn.Module, target_modules: str | list[str] | None) -> s
     if any(True for _ in _adapter_weights(model)):
         return message + (
             "PEFT adapters are left out, and the base model is frozen. A sparse base model needs full fine-tuning; to "
-            'make the adapters sparse, name them in optim_target_modules, e.g. ["lora_A"]'
+            'make the adapters sparse, name them in optim_target_modules (target_modules here), e.g. ["lora_A"]'
         )
     return message + "they are biases, norms, embeddings or the head. Unfreeze weights, or set decay_embeddings=true"

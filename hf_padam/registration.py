@@ -70,6 +70,8 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
     Raises:
         ValueError: On a malformed pair, an unknown or repeated key, or a bad value, with the list of what is accepted.
     """
+    if text is not None and not isinstance(text, str):
+        raise ValueError(_malformed(text))
     accepted = "; ".join(f"{key} ({option.accepted})" for key, option in OPTIONS.items())
     options: dict[str, Any] = {}
     for pair in (text or "").replace(" ", "").split(",") if text else ():
@@ -152,7 +154,7 @@ def _handler(context: Any) -> tuple[type[_Factory], dict[str, Any]]:
 
 def _malformed(optim_args: str | None) -> str:
     return (
-        f"optim_args={optim_args!r} is malformed: it must be key=value pairs joined by commas, "
+        f"optim_args={optim_args!r} is malformed: it must be a string of key=value pairs joined by commas, "
         'for example "p_norm=0.8,lambda_p=0.5"'
     )
 
@@ -188,7 +190,7 @@ def _explain_malformed(parse: Callable[[str | None], dict[str, str]]) -> Callabl
     def explained(optim_args: str | None) -> dict[str, str]:
         try:
             return parse(optim_args)
-        except ValueError as error:
+        except (ValueError, AttributeError) as error:
             raise ValueError(_malformed(optim_args)) from error
 
     return explained

@@ -34,6 +34,12 @@ class PAdamTrainingArguments(TrainingArguments):
     optim: OptimizerNames | str = field(
         default=NAME, metadata={"help": "The optimizer: padam, or any other name that Transformers knows."}
     )
+    optim_args: str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of the optimizer as key=value pairs; padam's are also options of their own, below."
+        },
+    )
     optim_target_modules: None | str | list[str] = field(
         default=None,
         metadata={"help": "Narrow the decay to these modules: all-linear, a regular expression, or a JSON list."},

@@ -65,6 +65,7 @@ def complain(monkeypatch, capfd, tmp_path, model_dir, text_file):
         ),
         ({"train_file": None, "dataset_name": "pypi:novels"}, "pypi:novels is not a known dataset"),
         ({"dataset_name": "wikitext"}, "--dataset_name and --train_file.* exclude each other"),
+        ({"train_file": None, "dataset_name": __file__}, "is a file: give it as --train_file"),
         ({"train_file": "no_such.txt"}, "--train_file no_such.txt does not exist"),
         ({"validation_file": "no_such.txt"}, "--validation_file no_such.txt does not exist"),
         ({"text_column": "body"}, "--text_column body is not among the columns text"),

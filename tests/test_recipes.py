@@ -113,10 +113,10 @@ def test_every_kind_of_file_trains_also_when_streamed(tmp_path, model_dir, kind)
 
 def test_the_command_line_overrides_the_config(tmp_path, capsys):
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"train_file": "a.txt", "learning_rate": 1e-3, "output_dir": str(tmp_path)}))
+    config.write_text(json.dumps({"train_file": __file__, "learning_rate": 1e-3, "output_dir": str(tmp_path)}))
     kinds = (ModelArguments, DataArguments, PAdamTrainingArguments)
     model, data, args = parse_arguments("", *kinds, argv=[str(config), "--learning_rate", "2e-3", "--p_norm=0.4"])
-    assert (args.learning_rate, args.p_norm, data.train_file) == (2e-3, 0.4, "a.txt")
+    assert (args.learning_rate, args.p_norm, data.train_file) == (2e-3, 0.4, __file__)
     save_config(tmp_path / "run_config.yaml", model, data, args)
     again = parse_arguments("", *kinds, argv=[str(tmp_path / "run_config.yaml")])
     assert again[2].learning_rate == 2e-3 and again[2].p_norm == 0.4
@@ -125,7 +125,7 @@ def test_the_command_line_overrides_the_config(tmp_path, capsys):
 def test_lists_and_dicts_survive_a_config_and_its_copy(tmp_path):
     config = tmp_path / "config.yaml"
     schedule = {"min_lr_rate": 0.1}
-    settings = {"train_file": "a.txt", "output_dir": str(tmp_path), "optim_target_modules": ["q_proj", "v_proj"]}
+    settings = {"train_file": __file__, "output_dir": str(tmp_path), "optim_target_modules": ["q_proj", "v_proj"]}
     settings |= {
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": schedule,
@@ -214,6 +214,8 @@ def test_help_is_short_and_help_all_is_complete(capsys):
         assert stop.value.code == 0
         lines[flag] = capsys.readouterr().out
     assert "--lambda_p" in lines["--help"] and "--block_size" in lines["--help"] and "padam" in lines["--help"]
+    text = " ".join(lines["--help"].split())
+    assert "Default: 0.8." in text and "One of auto, eager, compiled, triton. Default: auto." in text
     assert "--hub_model_id" not in lines["--help"] and "--hub_model_id" in lines["--help_all"]
     assert lines["--help"].count("\n") < 120
 

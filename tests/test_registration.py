@@ -125,6 +125,11 @@ def test_bad_fields_are_refused_at_once(tmp_path, field, value):
         arguments(tmp_path, PAdamTrainingArguments, **{field: value})
 
 
+def test_optim_args_that_are_no_string_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be a string of key=value pairs"):
+        optimizer_for(arguments(tmp_path, optim_args={"p_norm": 0.5}))
+
+
 def test_an_option_given_twice_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="p_norm is given twice: 0.7, and 0.5 in optim_args"):
         arguments(tmp_path, PAdamTrainingArguments, p_norm=0.7, optim_args="p_norm=0.5")
@@ -214,3 +219,12 @@ def test_hf_padam_run_reports_a_missing_script():
     command = [sys.executable, "-m", "hf_padam", "run", "no_such.py", "--optim", "padam"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "'no_such.py' is not a file" in result.stderr
+
+
+@pytest.mark.parametrize("module", ["no_such_module", "no_such.module", "transformers.no_such"])
+def test_hf_padam_run_reports_a_missing_module(module, capsys):
+    from hf_padam.__main__ import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "-m", module])
+    assert stop.value.code == 2 and f"no module named '{module}'" in capsys.readouterr().err

@@ -83,7 +83,18 @@ class DataArguments:
         if self.dataset_name and (self.train_file or self.validation_file or self.test_file):
             raise UsageError("--dataset_name and --train_file/--validation_file/--test_file exclude each other")
         if not self.dataset_name and not self.train_file:
-            raise UsageError("no text to train on: give --dataset_name or --train_file")
+            raise UsageError(
+                "no text to train on: give --dataset_name or --train_file, or recipes/configs/quickstart.yaml, a "
+                "complete example. --help lists the options"
+            )
+        if self.dataset_name and Path(self.dataset_name).is_file():
+            raise UsageError(f"--dataset_name {self.dataset_name} is a file: give it as --train_file")
+        for split in ("train", "validation", "test"):
+            path = getattr(self, f"{split}_file")
+            if path and not Path(path).is_file():
+                raise UsageError(f"--{split}_file {path} does not exist")
+            if path and Path(path).stat().st_size == 0:
+                raise UsageError(f"--{split}_file {path} is empty")
         for name in ("block_size", "max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
             value = getattr(self, name)
             least = 2 if name == "block_size" else 1
@@ -139,10 +150,19 @@ def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Name each option once, without its spellings and placeholders, so that help fits on the line."""
+    """Name each option once, without its spellings and placeholders; add choices and defaults to its help."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.choices is not None and len(list(action.choices)) <= 8:
+            text += f" One of {', '.join(map(str, action.choices))}."
+        default = getattr(action.default, "value", action.default)
+        if default not in (None, argparse.SUPPRESS, "", [], False) and "efault" not in text:
+            text += f" Default: {default}."
+        return text.replace("%)", "%%)")
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         return ", ".join(option for option in action.option_strings if "-" not in option[2:]) or "CONFIG"

@@ -63,11 +63,6 @@ def _load(args: DataArguments, hub_options: dict[str, Any]) -> DatasetDict | Ite
         return load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming, **hub_options)
     files = {split: getattr(args, f"{split}_file") for split in SPLITS}
     files = {split: path for split, path in files.items() if path}
-    for split, path in files.items():
-        if not Path(path).is_file():
-            raise UsageError(f"--{split}_file {path} does not exist")
-        if Path(path).stat().st_size == 0:
-            raise UsageError(f"--{split}_file {path} is empty")
     suffixes = {Path(path).suffix.lower() for path in files.values()}
     if len(suffixes) > 1 or not suffixes <= set(_LOADERS):
         raise UsageError(
