@@ -130,5 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
     main()

