@@ -209,6 +209,7 @@ def test_a_gguf_file_trains_as_a_dense_model(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_quickstart_keeps_its_promise(tmp_path):
     """The README's first command: test perplexity clearly falls, at least 10 % of the decayed weights become zero."""
     config = REPOSITORY / "recipes" / "configs" / "quickstart.yaml"
