@@ -53,7 +53,7 @@ class PAdam(Optimizer):
 
     Raises:
         ValueError: If a hyperparameter is out of range, or a decayed tensor is all zeros.
-        RuntimeError: From ``step``, if a gradient is sparse or the backend cannot run there.
+        RuntimeError: If the backend cannot run where the tensors are; from ``step``, if a gradient is sparse.
     """
 
     def __init__(
@@ -85,11 +85,12 @@ class PAdam(Optimizer):
 
         Raises:
             ValueError: As the constructor does.
+            RuntimeError: If the backend cannot run where the tensors are.
         """
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-        except ValueError:
+        except (ValueError, RuntimeError):
             del self.param_groups[-1]
             raise
 

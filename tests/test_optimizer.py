@@ -144,6 +144,16 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
     advance(param, optimizer)
 
 
+def test_a_group_where_the_backend_cannot_run_is_not_kept(monkeypatch):
+    from hf_padam.backends import compiled
+
+    param, optimizer = make(backend="compiled")
+    monkeypatch.setattr(compiled, "unavailable", lambda device: "no C++ compiler was found")
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_parameters_swapped_in_the_groups_before_the_first_step():
     """As accelerate does for FSDP2."""
     param, optimizer = make()

@@ -52,7 +52,7 @@ def load_model_and_tokenizer(
         tokenizer_options = {k: v for k, v in options.items() if k != "gguf_file" or not args.tokenizer_name}
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or name, **tokenizer_options)
-        except Exception as error:
+        except Exception as error:  # as below; a tokenizer of its own is named as such
             if not args.tokenizer_name:
                 raise
             raise UsageError(_explain(args.tokenizer_name, error, "tokenizer")) from error
