@@ -5,9 +5,12 @@ This file validates, owns the state and hands tensors to a backend; the arithmet
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +20,9 @@ from torch.optim import Optimizer
 
 from . import backends
 from .sparsity import count_zeros
-from .update import prepare
+from .update import Rounding, Scalars, prepare, random_key
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_P_NORM = 0.8
 DEFAULT_LAMBDA_P = 0.1
@@ -46,6 +51,11 @@ class PAdam(Optimizer):
         p_norm: The norm's p, positive. Below 1 small weights die fast and large ones are left alone; 2 is AdamW's.
         lambda_p: Strength of the p-norm decay, at least 0.
         weight_decay: Strength of the L2 decay (the paper's lambda_2), at least 0. As in AdamW, up to order lr^2.
+        bf16_stochastic_round: Round bf16 weights and second moments up or down at random, so that the mean is exact.
+            For models whose weights are bf16 (not for autocast): rounding to the nearest loses every change below
+            1/256 of a weight. Other dtypes are not affected.
+        rounding_seed: Of that randomness, which is a function of the seed, the step, the parameter's place in the
+            optimizer, its shard and the element: nothing else needs saving. Give all processes the same.
         backend: "auto", "eager", "compiled" (CPU) or "triton" (GPU); see `hf_padam.backends`.
 
     State, created at the first step: ``step`` (a scalar), ``exp_avg`` and ``exp_avg_sq`` (like the parameter, in its
@@ -66,6 +76,8 @@ class PAdam(Optimizer):
         lambda_p: float = DEFAULT_LAMBDA_P,
         weight_decay: float = 0.0,
         *,
+        bf16_stochastic_round: bool = False,
+        rounding_seed: int = 0,
         backend: str = "auto",
     ) -> None:
         """Validate everything and register the parameters; see the class for the arguments."""
@@ -73,8 +85,12 @@ class PAdam(Optimizer):
             raise ValueError(f"backend={backend!r} is not one of {', '.join(backends.CHOICES)}")
         self.backend = backend
         defaults = dict(lr=lr, betas=betas, eps=eps, p_norm=p_norm, lambda_p=lambda_p, weight_decay=weight_decay)
+        defaults |= dict(bf16_stochastic_round=bf16_stochastic_round, rounding_seed=rounding_seed)
         check_hyperparameters(defaults)
         super().__init__(params, defaults)
+        rounded = [p for group in self.param_groups if group["bf16_stochastic_round"] for p in group["params"]]
+        if rounded and not any(p.dtype == torch.bfloat16 for p in rounded):
+            logger.warning("bf16_stochastic_round has no effect: none of the parameters is bf16 (autocast may be).")
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the backend when copied or pickled; torch keeps only state, groups and defaults."""
@@ -129,13 +145,14 @@ class PAdam(Optimizer):
                 loss = closure()
 
         active = []  # `.grad` is read once: on hundreds of small tensors the look-ups add up
+        places = itertools.count()
         for group in self.param_groups:
-            pairs = [(param, param.grad) for param in group["params"]]
-            active.append((group, [(param, grad) for param, grad in pairs if grad is not None]))
+            triples = [(next(places), param, param.grad) for param in group["params"]]
+            active.append((group, [(place, param, grad) for place, param, grad in triples if grad is not None]))
         elements: defaultdict[torch.device, int] = defaultdict(int)
-        for group, pairs in active:
+        for group, triples in active:
             check_hyperparameters(group)
-            for param, grad in pairs:
+            for _, param, grad in triples:
                 if grad.layout is not torch.strided:
                     raise RuntimeError(
                         f"PAdam needs dense gradients; one of shape {tuple(param.shape)} is {grad.layout}. "
@@ -143,35 +160,57 @@ class PAdam(Optimizer):
                     )
                 elements[param.device] += param.numel()
         selected = {device: backends.select(self.backend, device, count) for device, count in elements.items()}
-        for group, pairs in active:
+        for group, triples in active:
             hyperparameters = {name: group[name] for name in HYPERPARAMETERS} | {"lr": float(group["lr"])}
-            for number, tensors in self._buckets(pairs):
-                selected[tensors[0][0].device].step(*tensors, prepare(number, **hyperparameters))
+            for number, tensors, keys in self._buckets(triples, group["rounding_seed"]):
+                rounding = None
+                if group["bf16_stochastic_round"] and torch.bfloat16 in (tensors[0][0].dtype, tensors[3][0].dtype):
+                    rounding = Rounding(random_key(group["rounding_seed"], number), keys)
+                backend = selected[tensors[0][0].device]
+                self._run(backend, tensors, prepare(number, **hyperparameters), rounding)
         return loss
 
-    def _buckets(self, pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[int, tuple[list[Tensor], ...]]]:
-        """Count each parameter's step; sort local tensors into aligned lists of one step number, device and dtypes."""
-        buckets: defaultdict[tuple, tuple[list[Tensor], ...]] = defaultdict(lambda: ([], [], [], []))
-        states = [self.state[param] for param, _ in pairs]
-        for (param, _), state in zip(pairs, states, strict=True):
+    def _run(
+        self, backend: ModuleType, tensors: tuple[list[Tensor], ...], scalars: Scalars, rounding: Rounding | None
+    ) -> None:
+        """Step one bucket."""
+        backend.step(*tensors, scalars, rounding)
+
+    def _new_moment(self, param: Tensor, name: str) -> Tensor:
+        """Create the state `name` of a parameter."""
+        dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+    def _buckets(
+        self, triples: list[tuple[int, Tensor, Tensor]], seed: int
+    ) -> list[tuple[int, tuple[list[Tensor], ...], list[int]]]:
+        """Count each parameter's step; sort local tensors into aligned lists of one step number, device and dtypes.
+
+        Returns:
+            For each bucket the number of the step, the four lists of tensors, and the tensors' random keys.
+        """
+        buckets: defaultdict[tuple, tuple[list, ...]] = defaultdict(lambda: ([], [], [], [], []))
+        states = [self.state[param] for _, param, _ in triples]
+        for (_, param, _), state in zip(triples, states, strict=True):
             if not state:
-                dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
                 state["step"] = torch.zeros((), dtype=torch.float32)
-                for name in _STATE:
-                    state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        if pairs:
+                state.update({name: self._new_moment(param, name) for name in _STATE})
+        if triples:
             torch._foreach_add_([state["step"] for state in states], 1)
-        for (param, grad), state in zip(pairs, states, strict=True):
+        for (place, param, grad), state in zip(triples, states, strict=True):
             first, second = state["exp_avg"], state["exp_avg_sq"]
+            shard: tuple[int, ...] = ()
             if isinstance(param, DTensor):
+                shard = _shard(param)
                 if isinstance(grad, DTensor) and grad.placements != param.placements:
                     # E.g. a replicated weight under sequence parallelism: its gradient is a sum yet to be completed.
                     grad = grad.redistribute(placements=param.placements)
                 param, grad, first, second = (_local(t) for t in (param, grad, first, second))
             key = (state["step"].item(), param.device, param.dtype, grad.dtype, first.dtype, second.dtype)
-            for values, tensor in zip(buckets[key], (param, grad, first, second)):  # noqa: B905 (both are four long)
-                values.append(tensor)
-        return [(int(key[0]), bucket) for key, bucket in buckets.items()]
+            random = random_key(seed, place, *shard)
+            for values, value in zip(buckets[key], (param, grad, first, second, random)):  # noqa: B905 (both are five)
+                values.append(value)
+        return [(int(key[0]), tuple(bucket[:4]), bucket[4]) for key, bucket in buckets.items()]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load groups and state, in the dtype they were saved in; torch would cast state to the parameter's dtype."""
@@ -200,6 +239,12 @@ class PAdam(Optimizer):
 def _local(tensor: Tensor) -> Tensor:
     """Return a DTensor's local shard: the update is elementwise, so stepping the shards steps the tensor exactly."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _shard(param: DTensor) -> tuple[int, ...]:
+    """Return which shard of a parameter this process holds; replicas of one shard get the same answer."""
+    coordinate = param.device_mesh.get_coordinate() or ()
+    return tuple(c for c, p in zip(coordinate, param.placements, strict=False) if not p.is_replicate())
 
 
 def _starts_at_zero(param: Tensor) -> bool:
@@ -235,3 +280,6 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
             raise ValueError(f"{name}={value!r} is not allowed: it must be {what}")
+    for name, type_, what in (("bf16_stochastic_round", bool, "True or False"), ("rounding_seed", int, "an integer")):
+        if name in values and type(values[name]) is not type_:
+            raise ValueError(f"{name}={values[name]!r} is not allowed: it must be {what}")

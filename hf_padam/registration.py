@@ -59,6 +59,7 @@ OPTIONS = {
     "p_norm": Option(_number, DEFAULT_P_NORM, "a positive number, the p of the norm; below 2 it makes zeros"),
     "lambda_p": Option(_number, DEFAULT_LAMBDA_P, "a number of at least 0, the strength of the p-norm decay"),
     "decay_embeddings": Option(_boolean, False, "true or false, whether embeddings and output head decay too"),
+    "bf16_stochastic_round": Option(_boolean, False, "true or false, how weights stored in bf16 are rounded"),
     "backend": Option(_backend, "auto", "one of " + ", ".join(CHOICES)),
 }
 """The keys of `optim_args`. `PAdamTrainingArguments` has fields of the same names."""
@@ -110,6 +111,7 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
         weight_decay=args.weight_decay,
+        rounding_seed=args.seed,
         target_modules=args.optim_target_modules,
     )
     check_hyperparameters(options)
@@ -122,6 +124,8 @@ def build_optimizer(
     lr: float,
     betas: tuple[float, float],
     eps: float,
+    bf16_stochastic_round: bool = False,
+    rounding_seed: int = 0,
     backend: str = "auto",
     **group_options: Any,
 ) -> PAdam:
@@ -132,13 +136,17 @@ def build_optimizer(
         lr: See `PAdam`.
         betas: See `PAdam`.
         eps: See `PAdam`.
+        bf16_stochastic_round: See `PAdam`.
+        rounding_seed: See `PAdam`.
         backend: See `PAdam`.
         group_options: See `get_param_groups`.
 
     Raises:
         ValueError: As `PAdam` and `get_param_groups` do.
     """
-    return PAdam(get_param_groups(model, **group_options), lr=lr, betas=betas, eps=eps, backend=backend)
+    groups = get_param_groups(model, **group_options)
+    options: dict[str, Any] = dict(bf16_stochastic_round=bf16_stochastic_round, rounding_seed=rounding_seed)
+    return PAdam(groups, lr=lr, betas=betas, eps=eps, backend=backend, **options)
 
 
 class _Factory:

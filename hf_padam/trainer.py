@@ -58,6 +58,10 @@ class PAdamTrainingArguments(TrainingArguments):
         default=OPTIONS["decay_embeddings"].default,
         metadata={"help": "Decay embeddings and the output head too, which are left out otherwise."},
     )
+    bf16_stochastic_round: bool = field(
+        default=OPTIONS["bf16_stochastic_round"].default,
+        metadata={"help": "For models whose weights are bf16: round them up or down at random, exact in the mean."},
+    )
     backend: str = field(
         default=OPTIONS["backend"].default,
         metadata={"help": "How the update runs. auto picks the fastest available.", "choices": list(CHOICES)},

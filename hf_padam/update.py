@@ -12,6 +12,8 @@ stays zero (IEEE arithmetic gives ``r(0) = 1 / inf = 0``, no special case needed
 from __future__ import annotations
 
 import enum
+import functools
+import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,6 +26,10 @@ otherwise linger among the subnormal numbers, which devices round differently an
 
 _SMALLEST_NORMAL = 2.0**-126
 """A decay ``lr * lambda_p`` below fp32's normal range is taken as zero: it changes no weight, and 0 * inf is NaN."""
+
+
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B, 0x31848BAB)
+"""Of the hash in `random_bits`; odd, and found good by Wellons' search (nullprogram.com/blog/2018/07/31)."""
 
 
 class Form(enum.Enum):
@@ -97,6 +103,50 @@ def prepare(
     )
 
 
+class Rounding(NamedTuple):
+    """What the random bits of a stochastically rounded step depend on, besides the position in the tensor."""
+
+    step_key: int
+    tensor_keys: list[int]  # one for each tensor
+
+
+@functools.lru_cache(maxsize=2**16)
+def random_key(*numbers: int) -> int:
+    """Hash some numbers into a signed 32-bit one, the same on every machine."""
+    return int.from_bytes(hashlib.blake2s(repr(numbers).encode(), digest_size=4).digest(), "little", signed=True)
+
+
+def random_bits(position: Tensor, tensor_key: int | Tensor, step_key: int | Tensor) -> Tensor:
+    """Return 32 random bits for each element: a hash, so no state is kept and every backend draws the same.
+
+    Args:
+        position: Of the elements in their tensor; int32.
+        tensor_key: From `random_key`, another for each tensor.
+        step_key: From `random_key`, another for each step.
+    """
+    # Multiplications carry low bits up, shifts bring high bits down, until each bit depends on all others.
+    first, second, third = (m - 2**32 if m >= 2**31 else m for m in MULTIPLIERS)
+    x = position ^ tensor_key
+    x = (x ^ ((x >> 16) & 0xFFFF)) * first
+    x = ((x ^ ((x >> 15) & 0x1FFFF)) + step_key) * second
+    x = (x ^ ((x >> 16) & 0xFFFF)) * third
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """Round fp32 to one of the two neighbours in bf16, the nearer one more often, so that the mean is `x`.
+
+    Args:
+        x: fp32; zeros, infinities and NaN stay what they are.
+        bits: int32 in [0, 2^16), uniformly distributed.
+
+    Returns:
+        bf16 numbers, in fp32.
+    """
+    rounded = ((x.view(torch.int32) + bits) & -0x10000).view(torch.float32)
+    return torch.where(x.isnan(), x, rounded)
+
+
 def exact_power(x: Tensor, y: float) -> Tensor:
     """Return ``x ** y``, in fp64: an exponent rounded to fp32 would be felt, its error being magnified by log(x)."""
     if x.device.type == "mps":  # has no fp64
@@ -135,6 +185,7 @@ def update_(
     exp_avg_sq: Tensor,
     scalars: Scalars,
     power: Callable[[Tensor, float], Tensor] = exact_power,
+    bits: Tensor | None = None,
 ) -> None:
     """Take one PAdam step on one tensor, in place.
 
@@ -145,6 +196,8 @@ def update_(
         exp_avg_sq: Second moment, same shape; read and written.
         scalars: From `prepare`.
         power: See `inverse_factor`.
+        bits: From `random_bits`, same shape, to round bf16 weights and second moments stochastically. (First moments
+            change by more than a rounding error a step; they are always rounded to the nearest.)
 
     The arithmetic is fp32 for 16-bit and fp32 tensors, fp64 for fp64 ones.
     """
@@ -161,6 +214,10 @@ def update_(
     if scalars.form.makes_zeros:
         new = torch.where(new.abs() < FLUSH_THRESHOLD, 0.0, new)
     # 5. Back into the storage dtype.
+    if bits is not None and param.dtype == torch.bfloat16:
+        new = round_stochastically(new, bits & 0xFFFF)
+    if bits is not None and exp_avg_sq.dtype == torch.bfloat16:
+        second = round_stochastically(second, (bits >> 16) & 0xFFFF)
     param.copy_(new)
     exp_avg.copy_(first)
     exp_avg_sq.copy_(second)

@@ -17,7 +17,11 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside the test b
 
 
 @pytest.mark.skipif(INTERPRETED, reason="it would start itself")
-@pytest.mark.parametrize("what", [["tests/test_update.py", "-k", "triton"], ["tests/test_triton.py"]])
+@pytest.mark.parametrize(
+    "what",
+    [["tests/test_update.py", "tests/test_stochastic_rounding.py", "-k", "triton"], ["tests/test_triton.py"]],
+    ids=["parity", "launch"],
+)
 def test_under_the_interpreter(what):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=-m 'not slow'", *what]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -94,7 +98,7 @@ def test_tables_are_built_once_per_set_of_tensors():
 
 def test_a_table_covers_every_element_once_beyond_2_to_the_31(monkeypatch):
     monkeypatch.setattr(triton, "_BLOCK", 2**20)
-    table = triton._Table(torch.device("cpu"), *[(16, 32, 48)] * 3, (5, 2**33 + 1, 2**20))
+    table = triton._Table(torch.device("cpu"), *[(16, 32, 48)] * 3, (5, 2**33 + 1, 2**20), (0, 0, 0))
     assert table.block_tensors.bincount().tolist() == [1, 2**13 + 1, 1]
     assert table.block_starts[table.block_tensors == 1].tolist() == [i * 2**20 for i in range(2**13 + 1)]
     assert not table.aligned

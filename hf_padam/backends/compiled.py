@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..update import Form, Scalars, exact_power, update_
+from ..update import Form, Rounding, Scalars, exact_power, random_bits, update_
 from .fast_power import LARGEST_EXPONENT, PARTS, fast_power, split_exponent
 
 _ROW = 64
@@ -45,25 +45,33 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def step(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: Scalars
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    scalars: Scalars,
+    rounding: Rounding | None = None,
 ) -> None:
     """Take one step on every tensor, in place."""
     dtypes = [tensors[0].dtype for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
     arithmetic = torch.promote_types(dtypes[0], torch.float32)
     fast = arithmetic == torch.float32 and abs(scalars.exponent) <= LARGEST_EXPONENT
-    kernel = _kernel(scalars.form, fast, *dtypes)
+    kernel = _kernel(scalars.form, fast, rounding is not None, *dtypes)
     parts = split_exponent(scalars.exponent) if fast else ()
     values = torch.tensor([*scalars[1:], *parts], dtype=arithmetic)
-    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+    numbers = [values]
+    for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        if rounding is not None:
+            numbers = [values, torch.tensor([rounding.tensor_keys[i], rounding.step_key, 0], dtype=torch.int32)]
         if tensors[0].numel() % _ROW == 0 and all([t.is_contiguous() for t in tensors]):
             if tensors[0].numel():
-                kernel([*[t.view(-1, _ROW) for t in tensors], values])
+                kernel([*[t.view(-1, _ROW) for t in tensors], *numbers])
         else:
-            _step_irregular(kernel, tensors, values)
+            _step_irregular(kernel, tensors, numbers)
     torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])  # as any in-place operation does
 
 
-def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], values: Tensor) -> None:
+def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], numbers: list[Tensor]) -> None:
     """Step tensors whose elements are not one whole number of rows, through copies of what does not fit."""
     param = tensors[0]
     if torch.ops.aten.is_non_overlapping_and_dense(param) and all(t.stride() == param.stride() for t in tensors):
@@ -72,10 +80,12 @@ def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], 
         flat = [t.contiguous().view(-1) for t in tensors]
     whole = param.numel() // _ROW * _ROW
     if whole:
-        kernel([*[t[:whole].view(-1, _ROW) for t in flat], values])
+        kernel([*[t[:whole].view(-1, _ROW) for t in flat], *numbers])
     if whole < param.numel():
         rest = [torch.nn.functional.pad(t[whole:], (0, whole + _ROW - param.numel())) for t in flat]
-        kernel([*[t.view(1, _ROW) for t in rest], values])
+        for keys in numbers[1:]:
+            keys[2] = whole
+        kernel([*[t.view(1, _ROW) for t in rest], *numbers])
         for t, padded in zip(flat, rest, strict=True):
             if t is not flat[1]:
                 t[whole:] = padded[: param.numel() - whole]
@@ -85,23 +95,31 @@ def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], 
 
 
 @functools.cache
-def _kernel(form: Form, fast: bool, *dtypes: torch.dtype) -> Callable[..., object]:
+def _kernel(form: Form, fast: bool, rounds: bool, *dtypes: torch.dtype) -> Callable[..., object]:
     """Compile `update_` for one form and one set of dtypes.
 
     Returns:
-        ``kernel(param, grad, exp_avg, exp_avg_sq, values)``: four tensors of shape (rows, _ROW), of these dtypes, and
-        the numbers in `Scalars`, followed by the parts of the exponent if `fast`.
+        ``kernel(param, grad, exp_avg, exp_avg_sq, values, keys)``: four tensors of shape (rows, _ROW), of these
+        dtypes; the numbers in `Scalars`, followed by the parts of the exponent if `fast`; and, only if it `rounds`
+        stochastically, the keys of the tensor and of the step and the position of the first element.
     """
     from . import inductor
 
     power: Any = fast_power if fast else exact_power
 
-    def kernel(param, grad, exp_avg, exp_avg_sq, values):  # no annotations: they would end up in inductor's cache key
+    # No annotations: they would end up in inductor's cache key.
+    def kernel(param, grad, exp_avg, exp_avg_sq, values, *keys):
         scalars = Scalars(form, *values[:_PLAIN].unbind())
         if fast:
             scalars = scalars._replace(exponent=values[_PLAIN:].unbind())
-        update_(param, grad, exp_avg, exp_avg_sq, scalars, power)
+        bits = None
+        if rounds:
+            tensor_key, step_key, start = keys[0].unbind()
+            rows, columns = (torch.arange(n, dtype=torch.int32) for n in param.shape)
+            bits = random_bits(rows[:, None] * _ROW + columns + start, tensor_key, step_key)
+        update_(param, grad, exp_avg, exp_avg_sq, scalars, power, bits)
         return ()
 
     values = torch.empty(_PLAIN + PARTS * fast, dtype=torch.promote_types(dtypes[0], torch.float32))
-    return inductor.compile_over_rows(kernel, dtypes, _ROW, values)
+    keys = [torch.empty(3, dtype=torch.int32)] * rounds
+    return inductor.compile_over_rows(kernel, dtypes, _ROW, values, *keys)

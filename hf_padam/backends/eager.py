@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..update import Scalars, update_
+from ..update import Rounding, Scalars, random_bits, update_
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -14,8 +14,17 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def step(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: Scalars
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    scalars: Scalars,
+    rounding: Rounding | None = None,
 ) -> None:
     """Take one step on every tensor, in place."""
-    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        update_(*tensors, scalars)
+    for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        bits = None
+        if rounding is not None:
+            position = torch.arange(tensors[0].numel(), device=tensors[0].device).to(torch.int32)
+            bits = random_bits(position.view(tensors[0].shape), rounding.tensor_keys[i], rounding.step_key)
+        update_(*tensors, scalars, bits=bits)

@@ -29,15 +29,15 @@ _OPTIONS = {
 
 
 def compile_over_rows(
-    function: Callable[..., object], dtypes: tuple[torch.dtype, ...], row: int, values: Tensor
+    function: Callable[..., object], dtypes: tuple[torch.dtype, ...], row: int, *others: Tensor
 ) -> Callable[..., object]:
     """Compile an elementwise in-place function for any number of rows.
 
     Args:
-        function: Takes one tensor of shape (rows, `row`) per dtype, then a tensor like `values`; returns ().
+        function: Takes one tensor of shape (rows, `row`) per dtype, then tensors like `others`; returns ().
         dtypes: Of those tensors.
         row: Elements per row.
-        values: An example of the last argument.
+        others: Examples of the last arguments, whose shapes are fixed.
 
     Returns:
         The kernel; it takes a list of the function's arguments.
@@ -52,7 +52,7 @@ def compile_over_rows(
     for i, dtype in enumerate(dtypes):
         example = torch.empty(2**14, 2 * row, dtype=dtype)[:, :row]
         examples.append(mode.from_tensor(example, symbolic_context=rows, source=ConstantSource(f"tensor{i}")))
-    examples.append(mode.from_tensor(values, static_shapes=True))
+    examples += [mode.from_tensor(other, static_shapes=True) for other in others]
     with torch.no_grad(), tracing(TracingContext(mode)), config.patch(_OPTIONS):
         graph = make_fx(function, select_decomp_table(), tracing_mode="fake")(*examples)
         return compile_fx_inner(graph, examples, is_inference=True)

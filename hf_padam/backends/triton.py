@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..update import Scalars, prepare
+from ..update import Rounding, Scalars, prepare
 from . import eager
 from .fast_power import split_exponent
 
@@ -66,7 +66,12 @@ def _agrees_with_eager(device: torch.device) -> bool:
 
 
 def step(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: Scalars
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    scalars: Scalars,
+    rounding: Rounding | None = None,
 ) -> None:
     """Take one step on every tensor, in place.
 
@@ -77,15 +82,18 @@ def step(
         raise RuntimeError("PAdam's step cannot be captured in a CUDA graph: capture forward and backward only")
     lists = (params, grads, exp_avgs, exp_avg_sqs)
     regular: tuple[list[Tensor], ...] = ([], [], [], [])
-    for tensors in zip(*lists, strict=True):
+    keys = []
+    for i, tensors in enumerate(zip(*lists, strict=True)):
         if not _one_dense_layout(tensors) or tensors[0].dtype == torch.float64:
             param, grad, exp_avg, exp_avg_sq = tensors
-            eager.step([param], [grad], [exp_avg], [exp_avg_sq], scalars)
+            own = rounding and rounding._replace(tensor_keys=[rounding.tensor_keys[i]])
+            eager.step([param], [grad], [exp_avg], [exp_avg_sq], scalars, own)
         elif tensors[0].numel():
+            keys.append(rounding.tensor_keys[i] if rounding else 0)
             for values, tensor in zip(regular, tensors, strict=True):
                 values.append(tensor)
     if regular[0]:
-        _launch(regular, scalars)
+        _launch(regular, scalars, tuple(keys), rounding)
         torch.autograd.graph.increment_version([*regular[0], *regular[2], *regular[3]])
 
 
@@ -97,12 +105,14 @@ def _one_dense_layout(tensors: tuple[Tensor, ...]) -> bool:
     return dense and all(t.stride() == tensors[0].stride() for t in tensors)
 
 
-def _launch(lists: tuple[list[Tensor], ...], scalars: Scalars) -> None:
+def _launch(
+    lists: tuple[list[Tensor], ...], scalars: Scalars, keys: tuple[int, ...], rounding: Rounding | None
+) -> None:
     from .triton_kernel import FORM_NUMBER, step_kernel
 
     params = lists[0]
     addresses = [tuple([t.data_ptr() for t in tensors]) for tensors in lists]
-    table = _table(params[0].device, *addresses[::2], addresses[3], tuple([t.numel() for t in params]))
+    table = _table(params[0].device, *addresses[::2], addresses[3], tuple([t.numel() for t in params]), keys)
     table.point_to_gradients(addresses[1])
     dtypes = {name: _triton_dtype(tensors[0].dtype) for name, tensors in zip(_DTYPES, lists, strict=True)}
     device = params[0].device
@@ -113,11 +123,14 @@ def _launch(lists: tuple[list[Tensor], ...], scalars: Scalars) -> None:
             table.lengths,
             table.block_tensors,
             table.block_starts,
+            table.keys,
+            rounding.step_key if rounding else 0,
             len(params),
             *scalars[1:],
             *split_exponent(scalars.exponent)[:3],
             FORM=FORM_NUMBER[scalars.form],
             **dtypes,
+            ROUND=rounding is not None,
             ALIGNED=table.aligned and all(address % 16 == 0 for address in addresses[1]),
             BLOCK=_BLOCK,
             num_warps=_WARPS,
@@ -145,11 +158,13 @@ class _Table:
         exp_avgs: tuple[int, ...],
         exp_avg_sqs: tuple[int, ...],
         lengths: tuple[int, ...],
+        keys: tuple[int, ...],
     ) -> None:
-        """Build the tables from addresses and numbers of elements; the gradients' addresses follow later."""
+        """Build the tables from addresses, numbers of elements and random keys; the gradients' addresses follow."""
         self.gradients: tuple[int, ...] = (0,) * len(params)
         self.pointers = _upload([params, self.gradients, exp_avgs, exp_avg_sqs], device)
         self.lengths = _upload(lengths, device)
+        self.keys = _upload(keys, device).to(torch.int32)
         counts = (torch.tensor(lengths) + _BLOCK - 1) // _BLOCK
         tensors = torch.repeat_interleave(counts)
         first_blocks = counts.cumsum(0) - counts

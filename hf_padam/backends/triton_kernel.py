@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..update import FLUSH_THRESHOLD, Form
+from ..update import FLUSH_THRESHOLD, MULTIPLIERS, Form
 
 NONE, HALF, ONE, THREE_HALVES, TWO, BELOW_TWO, ABOVE_TWO = (tl.constexpr(i) for i in range(len(Form)))
 FORM_NUMBER = {form: i for i, form in enumerate(Form)}
@@ -17,6 +17,8 @@ _FLUSH = tl.constexpr(FLUSH_THRESHOLD)
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _MANTISSA = tl.constexpr(0x007FFFFF)
 _ONE = tl.constexpr(0x3F800000)
+_UPPER_HALF = tl.constexpr(0xFFFF0000)
+_MULTIPLIER1, _MULTIPLIER2, _MULTIPLIER3 = (tl.constexpr(m) for m in MULTIPLIERS)
 
 
 @triton.jit
@@ -56,11 +58,31 @@ def inverse_factor(weight, shrink, decay, y, y_upper, y_lower, at_zero, FORM: tl
 
 
 @triton.jit
+def random_bits(position, tensor_key, step_key):
+    """Return 32 random bits for each element, see `update.random_bits`."""
+    tensor_key, step_key = tensor_key.to(tl.uint32, bitcast=True), step_key.to(tl.uint32, bitcast=True)
+    x = position.to(tl.uint32) ^ tensor_key
+    x = (x ^ (x >> 16)) * _MULTIPLIER1
+    x = ((x ^ (x >> 15)) + step_key) * _MULTIPLIER2
+    x = (x ^ (x >> 16)) * _MULTIPLIER3
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def round_stochastically(x, bits):
+    """Round fp32 to a bf16 neighbour, see `update.round_stochastically`."""
+    rounded = ((x.to(tl.uint32, bitcast=True) + bits) & _UPPER_HALF).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)
+
+
+@triton.jit(do_not_specialize=["step_key"])
 def step_kernel(
     pointers,  # int64 (4, tensors): addresses of the parameters, gradients, first and second moments
     lengths,  # int64 (tensors,)
     block_tensors,  # int32 (blocks,): which tensor a block belongs to
     block_starts,  # int64 (blocks,): its first element there
+    tensor_keys,  # int32 (tensors,)
+    step_key,  # int32
     tensors,
     beta1,
     one_minus_beta1,
@@ -80,6 +102,7 @@ def step_kernel(
     GRAD: tl.constexpr,
     MOMENT1: tl.constexpr,
     MOMENT2: tl.constexpr,
+    ROUND: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -115,6 +138,12 @@ def step_kernel(
     if FORM == HALF or FORM == ONE or FORM == THREE_HALVES or FORM == BELOW_TWO:
         new = tl.where(tl.abs(new) < _FLUSH, 0.0, new)
     # 5. Back into the storage dtype.
+    if ROUND:
+        bits = random_bits(at, tl.load(tensor_keys + tensor), step_key)
+        if PARAM == tl.bfloat16:
+            new = round_stochastically(new, bits & 0xFFFF)
+        if MOMENT2 == tl.bfloat16:
+            second = round_stochastically(second, bits >> 16)
     tl.store(param + at, new.to(PARAM), mask=inside)
     tl.store(exp_avg + at, first.to(MOMENT1), mask=inside)
     tl.store(exp_avg_sq + at, second.to(MOMENT2), mask=inside)
