@@ -5,6 +5,7 @@ for any p norm of arXiv 2404.10824; it is not the *partially adaptive* "Padam" o
 """
 
 from . import registration
+from .eight_bit import PAdam8bit
 from .metrics import Perplexity, WeightSparsity, sequence_nll
 from .optimizer import PAdam
 from .param_groups import decayed_parameters, get_param_groups
@@ -13,6 +14,7 @@ from .trainer import PAdamTrainer, PAdamTrainingArguments
 __version__ = "0.1.0"
 __all__ = [
     "PAdam",
+    "PAdam8bit",
     "PAdamTrainer",
     "PAdamTrainingArguments",
     "Perplexity",

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_P_NORM = 0.8
 DEFAULT_LAMBDA_P = 0.1
 HYPERPARAMETERS = ("lr", "betas", "eps", "p_norm", "lambda_p", "weight_decay")
-_STATE = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class PAdam(Optimizer):
@@ -194,7 +194,7 @@ class PAdam(Optimizer):
         for (_, param, _), state in zip(triples, states, strict=True):
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
-                state.update({name: self._new_moment(param, name) for name in _STATE})
+                state.update({name: self._new_moment(param, name) for name in MOMENTS})
         if triples:
             torch._foreach_add_([state["step"] for state in states], 1)
         for (place, param, grad), state in zip(triples, states, strict=True):
@@ -205,7 +205,7 @@ class PAdam(Optimizer):
                 if isinstance(grad, DTensor) and grad.placements != param.placements:
                     # E.g. a replicated weight under sequence parallelism: its gradient is a sum yet to be completed.
                     grad = grad.redistribute(placements=param.placements)
-                param, grad, first, second = (_local(t) for t in (param, grad, first, second))
+                param, grad, first, second = (local_tensor(t) for t in (param, grad, first, second))
             key = (state["step"].item(), param.device, param.dtype, grad.dtype, first.dtype, second.dtype)
             random = random_key(seed, place, *shard)
             for values, value in zip(buckets[key], (param, grad, first, second, random)):  # noqa: B905 (both are five)
@@ -227,16 +227,24 @@ class PAdam(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         saved_ids = [i for group in seen["param_groups"] for i in group["params"]]
         for saved_id, param in zip(saved_ids, params, strict=True):
+            state = self.state.get(param, {})
             for name, value in seen["state"].get(saved_id, {}).items():
-                if name in _STATE and value.dtype != self.state[param][name].dtype:
-                    self.state[param][name] = value.to(device=param.device, copy=True)
+                if name in MOMENTS:
+                    same = value.dtype == state[name].dtype
+                    state[name] = self._adopt(
+                        param, name, state[name] if same else value.to(device=param.device, copy=True)
+                    )
                 elif name == "step":
-                    self.state[param][name] = (
-                        value.float().cpu().clone()
-                    )  # on a GPU, reading it would wait for the GPU
+                    state[name] = value.float().cpu().clone()  # on a GPU, reading it would wait for the GPU
+
+    def _adopt(self, param: Tensor, name: str, value: Tensor) -> Tensor:
+        """Return a loaded moment as this optimizer stores it."""
+        if hasattr(local_tensor(value), "codes"):
+            raise ValueError('the loaded state has 8-bit moments: continue with PAdam8bit (optim="padam_8bit")')
+        return value
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """Return a DTensor's local shard: the update is elementwise, so stepping the shards steps the tensor exactly."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -1,7 +1,7 @@
-"""Register the optimizer name "padam" with Transformers. The only file that touches Transformers' internals.
+"""Register "padam" and "padam_8bit" with Transformers. The only file that touches Transformers' internals.
 
 `TrainingArguments` turns `optim` into a member of the enum `OptimizerNames`; the Trainer looks the member up in a
-table of handlers. Registration adds one member and one row. Nothing else of Transformers changes, except that a
+table of handlers. Registration adds a member and a row for each. Nothing else of Transformers changes, except that a
 malformed `optim_args` string now gets an error that says what is wrong with it.
 """
 
@@ -19,10 +19,12 @@ from torch import nn
 from transformers.training_args import OptimizerNames, TrainingArguments
 
 from .backends import CHOICES
+from .eight_bit import PAdam8bit, check_installed
 from .optimizer import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, PAdam, check_hyperparameters
 from .param_groups import get_param_groups
 
 NAME = "padam"
+OPTIMIZERS: dict[str, type[PAdam]] = {NAME: PAdam, "padam_8bit": PAdam8bit}
 SUPPORTED = "transformers>=5.4,<6"
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -97,8 +99,12 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
     with different values, is an error.
 
     Raises:
+        ImportError: If what the optimizer needs is not installed.
         ValueError: On an unknown key, a bad value, or an option given twice.
     """
+    optimizer_class = OPTIMIZERS[OptimizerNames(args.optim).value]
+    if optimizer_class is PAdam8bit:
+        check_installed()
     options: dict[str, Any] = {key: option.default for key, option in OPTIONS.items()}
     typed = {key: getattr(args, key) for key in OPTIONS if hasattr(args, key)}
     options.update(typed)
@@ -107,6 +113,7 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
             raise ValueError(f"{key} is given twice: {typed[key]!r}, and {value!r} in optim_args. Drop one of them")
         options[key] = value
     options.update(
+        optimizer_class=optimizer_class,
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
@@ -121,6 +128,7 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
 def build_optimizer(
     model: nn.Module,
     *,
+    optimizer_class: type[PAdam] = PAdam,
     lr: float,
     betas: tuple[float, float],
     eps: float,
@@ -133,6 +141,7 @@ def build_optimizer(
 
     Args:
         model: The model to train.
+        optimizer_class: `PAdam` or a subclass.
         lr: See `PAdam`.
         betas: See `PAdam`.
         eps: See `PAdam`.
@@ -146,7 +155,7 @@ def build_optimizer(
     """
     groups = get_param_groups(model, **group_options)
     options: dict[str, Any] = dict(bf16_stochastic_round=bf16_stochastic_round, rounding_seed=rounding_seed)
-    return PAdam(groups, lr=lr, betas=betas, eps=eps, backend=backend, **options)
+    return optimizer_class(groups, lr=lr, betas=betas, eps=eps, backend=backend, **options)
 
 
 class _Factory:
@@ -168,7 +177,7 @@ def _malformed(optim_args: str | None) -> str:
 
 
 def register() -> None:
-    """Make ``optim="padam"`` known to Transformers. Calling it again changes nothing.
+    """Make ``optim="padam"`` and ``optim="padam_8bit"`` known to Transformers. Calling it again changes nothing.
 
     Raises:
         ImportError: If the installed Transformers is not a supported version.
@@ -181,11 +190,12 @@ def register() -> None:
         )
     from transformers import trainer, trainer_optimizer
 
-    if NAME not in OptimizerNames._value2member_map_:
-        extend_enum(OptimizerNames, NAME.upper(), NAME)
-    elif trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(NAME)].__module__ != __name__:
-        raise ImportError(f"transformers {version} or another package already has an optimizer named {NAME!r}.")
-    trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(NAME)] = _handler
+    for name in OPTIMIZERS:
+        if name not in OptimizerNames._value2member_map_:
+            extend_enum(OptimizerNames, name.upper(), name)
+        elif trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)].__module__ != __name__:
+            raise ImportError(f"transformers {version} or another package already has an optimizer named {name!r}.")
+        trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)] = _handler
     trainer._parse_optim_args = _explain_malformed(trainer._parse_optim_args)  # type: ignore[assignment]
 
 

@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 from .backends import CHOICES
 from .metrics import Perplexity, WeightSparsity, sequence_nll
 from .param_groups import decayed_parameters
-from .registration import NAME, OPTIONS, optimizer_options
+from .registration import NAME, OPTIMIZERS, OPTIONS, optimizer_options
 
 
 @dataclass
@@ -32,7 +32,7 @@ class PAdamTrainingArguments(TrainingArguments):
     """
 
     optim: OptimizerNames | str = field(
-        default=NAME, metadata={"help": "The optimizer: padam, or any other name that Transformers knows."}
+        default=NAME, metadata={"help": "The optimizer: padam, padam_8bit, or any other name that Transformers knows."}
     )
     optim_args: str | None = field(
         default=None,
@@ -79,7 +79,7 @@ class PAdamTrainingArguments(TrainingArguments):
                 self.optim_target_modules = json.loads(targets)
             except ValueError as error:
                 raise ValueError(f"optim_target_modules={targets!r} is not a list in JSON: {error}") from error
-        if self.optim == NAME:
+        if OptimizerNames(self.optim).value in OPTIMIZERS:
             optimizer_options(self)
 
 
@@ -101,7 +101,7 @@ class PAdamTrainer(Trainer):
 
     def decayed_names(self) -> list[str]:
         """Return the names of the weights that the p-norm decay acts on, or would with `optim="padam"`."""
-        if self.args.optim == NAME:
+        if OptimizerNames(self.args.optim).value in OPTIMIZERS:
             decay_embeddings = optimizer_options(self.args)["decay_embeddings"]
         else:
             decay_embeddings = getattr(self.args, "decay_embeddings", False)
