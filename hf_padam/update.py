@@ -144,7 +144,7 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
         bf16 numbers, in fp32.
     """
     rounded = ((x.view(torch.int32) + bits) & -0x10000).view(torch.float32)
-    return torch.where(x.isnan(), x, rounded)
+    return torch.where(x == x, rounded, x)  # NaN: not isnan, which does not vectorise on CPUs
 
 
 def exact_power(x: Tensor, y: float) -> Tensor:

@@ -19,6 +19,9 @@ PARTS = 4 + _DEGREE
 _EXP2 = (1.0, 0.693146967, 0.240221197, 0.0555071327, 0.00967554133, 0.00132764715)
 """2^t for t in [-1/2, 1/2], lowest power first: a minimax fit, 8e-8 off at most."""
 
+_INTEGERS, _INTEGERS_BITS = 2.0**23, 0x4B000000
+"""From 2^23 on, fp32 holds just the integers: n + 2^23 has the bits of 2^23, plus n; n + 1.5 * 2^23 also for n < 0."""
+
 _SMALLEST_NORMAL = 2.0**-126
 
 
@@ -35,13 +38,14 @@ def fast_power(x: Tensor, y: Sequence[Tensor]) -> Tensor:
         y: The exponent in parts, 0-dim tensors: see `split_exponent`.
     """
     upper, lower, at_zero, *coefficients = y
+    # Integers become floats, and floats integers, as the last bits of a large float: conversions are slow.
     bits = x.view(torch.int32)
-    e = ((bits >> 23) - 127).to(torch.float32)
+    e = ((bits >> 23) | _INTEGERS_BITS).view(torch.float32) - (_INTEGERS + 127)
     t = ((bits & 0x007FFFFF) | 0x3F800000).view(torch.float32) - 1.5
-    product = upper * e
-    whole = torch.round(product)
-    rest = (product - whole) + lower * e
-    scale = ((torch.clamp(whole.to(torch.int32), -127, 128) + 127) << 23).view(torch.float32)
+    product = torch.clamp(upper * e, -127.0, 128.0)
+    shifted = product + (1.5 * _INTEGERS + 127)
+    rest = (product - (shifted - (1.5 * _INTEGERS + 127))) + lower * e
+    scale = (shifted.view(torch.int32) << 23).view(torch.float32)
     scale = torch.where(x < _SMALLEST_NORMAL, at_zero, scale)
     return (scale * _polynomial(coefficients, t)) * _polynomial(_EXP2, rest)
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
+from torch._inductor.codegen.cpp import CppVecOverrides
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -26,6 +30,18 @@ _OPTIONS = {
     # The kernel on disk must serve processes with any number of threads.
     "cpp.dynamic_threads": True,
 }
+
+
+def _reinterpret(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
+    """Return C++ code that reads the bits of whole vectors as another dtype of the same size.
+
+    Inductor's own goes through memory element by element, which compilers mend for fp32 but not for bf16.
+    """
+    count, name = V.kernel._get_num_vectors(src_dtype), DTYPE_TO_CPP[dtype]
+    if count == 1:
+        return f"at::vec::cast<{name}>({x})"
+    parts = ", ".join(f"at::vec::cast<{name}>({x}[{i}])" for i in range(count))
+    return f"at::vec::VectorizedN<{name}, {count}>({parts})"
 
 
 def compile_over_rows(
@@ -53,6 +69,7 @@ def compile_over_rows(
         example = torch.empty(2**14, 2 * row, dtype=dtype)[:, :row]
         examples.append(mode.from_tensor(example, symbolic_context=rows, source=ConstantSource(f"tensor{i}")))
     examples += [mode.from_tensor(other, static_shapes=True) for other in others]
-    with torch.no_grad(), tracing(TracingContext(mode)), config.patch(_OPTIONS):
+    vectors = mock.patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(_reinterpret))
+    with torch.no_grad(), tracing(TracingContext(mode)), config.patch(_OPTIONS), vectors:
         graph = make_fx(function, select_decomp_table(), tracing_mode="fake")(*examples)
         return compile_fx_inner(graph, examples, is_inference=True)
