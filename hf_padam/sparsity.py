@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -30,14 +32,27 @@ class TensorCount:
         return self.zeros / self.elements if self.elements else 0.0
 
 
-def local_shard(tensor: Tensor) -> tuple[Tensor, tuple | None]:
-    """Return the part of a tensor that is held here, and how the tensor is sharded (None where it is not)."""
+def element_count(tensor: Tensor) -> int:
+    """Return the number of elements of a whole tensor, however it is sharded."""
+    return getattr(tensor, "ds_numel", tensor.numel())
+
+
+def local_shard(tensor: Tensor) -> tuple[Tensor, Any]:
+    """Return the part of a tensor that is held here, and how the tensor is sharded (None where it is not).
+
+    DTensors are sharded by fully_shard and tensor parallelism. DeepSpeed's ZeRO-3 leaves an empty placeholder with the
+    shard in an attribute: flat, and padded to the same size on every rank.
+    """
     if isinstance(tensor, DTensor):
         return tensor.to_local(), (tensor.device_mesh, tensor.placements)
+    if hasattr(tensor, "ds_tensor"):
+        placeholder: Any = tensor
+        shard, group = placeholder.ds_tensor.detach(), placeholder.ds_process_group
+        return shard[: max(0, placeholder.ds_numel - dist.get_rank(group) * shard.numel())], group
     return tensor, None
 
 
-def sum_over_shards(values: Tensor, sharding: tuple | None) -> Tensor:
+def sum_over_shards(values: Tensor, sharding: Any) -> Tensor:
     """Add up values that were each computed from one shard; every rank gets the sum.
 
     Args:
@@ -45,6 +60,10 @@ def sum_over_shards(values: Tensor, sharding: tuple | None) -> Tensor:
         sharding: From `local_shard`.
     """
     if sharding is None:
+        return values
+    if isinstance(sharding, dist.ProcessGroup):
+        values = values.clone()
+        dist.all_reduce(values, group=sharding)
         return values
     mesh, placements = sharding
     partial = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
@@ -58,7 +77,7 @@ def count_zeros(
     """Count the zeros of each tensor, with one transfer to the host per device and sharding.
 
     Args:
-        tensors: Name to tensor, each of any shape. A DTensor is counted over all its shards, on every rank alike.
+        tensors: Name to tensor, each of any shape. A sharded one is counted over all its shards, on every rank alike.
         decayed: Names of the tensors that the p-norm decay acts on.
         near_zero: If given, also count non-zero elements of a magnitude below this.
 
@@ -80,7 +99,7 @@ def count_zeros(
     return [
         TensorCount(
             name=name,
-            elements=tensor.numel(),
+            elements=element_count(tensor),
             zeros=values[name][0],
             near_zeros=values[name][1] if near_zero is not None else None,
             decayed=name in decayed,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import runpy
 import sys
 
 import torch
@@ -104,6 +106,16 @@ def gradient_placements() -> dict:
     gathered = [torch.zeros(4) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, weight.to_local().detach())
     return {"replicas": [replica.tolist() for replica in gathered]}
+
+
+def over_gloo(script: str, *arguments: str) -> None:
+    """Run a script under DeepSpeed on CPUs: accelerate knows a backend for GPUs only, unless it is told."""
+    from accelerate import PartialState
+
+    PartialState(backend="gloo")
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, os.path.dirname(script))
+    runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import sys
 
 import pytest
 from conftest import REPOSITORY
-from test_recipes import write_config
 
 
 def launch(processes: int, *command: object) -> subprocess.CompletedProcess:
@@ -49,18 +48,3 @@ def test_sharded_training_equals_unsharded_training():
 def test_replicas_step_with_the_whole_gradient():
     first, second = job(2, "gradient_placements")["replicas"]
     assert first == second == pytest.approx([0.4] * 4)
-
-
-@pytest.mark.parametrize("recipe", ["finetune_clm.py", "finetune_clm_no_trainer.py"])
-def test_a_recipe_on_two_processes_gives_the_results_of_one(tmp_path, model_dir, text_file, recipe):
-    results = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        settings = {"max_train_samples": 4, "max_steps": 8, "per_device_train_batch_size": 4 // processes}
-        settings |= {"max_eval_samples": 7, "model_name_or_path": model_dir, "train_file": text_file}
-        config = write_config(tmp_path, output_dir=out, **settings)
-        launch(processes, REPOSITORY / "recipes" / recipe, config)
-        assert (out / "report.md").is_file()
-        results.append(json.loads((out / "results.json").read_text()))
-    for key in ("test_perplexity_before", "test_perplexity", "validation_perplexity", "sparsity", "train_steps"):
-        assert results[1][key] == pytest.approx(results[0][key], rel=1e-3), key

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -125,6 +126,7 @@ def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]
     Raises:
         UsageError: If a key or option is unknown, or a value is impossible.
     """
+    _connect_cpu_processes()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
         list(dataclass_types),
@@ -147,6 +149,20 @@ def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]
         name = remaining[0].split("=")[0]
         raise UsageError(f"unknown option {name}{_suggest(name.lstrip('-'), known, '--')}. --help lists the options")
     return tuple(parsed)
+
+
+def _connect_cpu_processes() -> None:
+    """Make processes that a launcher started where there is no GPU train together: accelerate must be told to.
+
+    Raises:
+        UsageError: If they were to train with FSDP, which accelerate does on GPUs only.
+    """
+    if "LOCAL_RANK" not in os.environ or torch.accelerator.is_available():
+        return
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UsageError("accelerate runs FSDP on GPUs only, and there is none here: use recipes/accelerate/cpu.yaml")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # which would be turned off, and connects by itself
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

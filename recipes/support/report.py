@@ -63,7 +63,7 @@ class Magnitudes:
     @torch.no_grad()
     def of(cls, model: nn.Module, decayed: list[str]) -> Magnitudes:
         """Count a model's decayed weights."""
-        tensors = {name: param.detach() for name, param in model.named_parameters() if name in decayed}
+        tensors = {name: param for name, param in model.named_parameters() if name in decayed}
         totals = count_zeros(tensors)
         counts = torch.zeros(_BINS)
         low, high = _MAGNITUDE_RANGE
