@@ -9,12 +9,21 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from conftest import blocks, tiny_llama
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments, decayed_parameters, get_param_groups
+from hf_padam import (
+    PAdam,
+    PAdam8bit,
+    PAdamTrainer,
+    PAdamTrainingArguments,
+    decayed_parameters,
+    get_param_groups,
+)
 from hf_padam.sparsity import count_model_zeros, summarize
 
 
@@ -95,7 +104,7 @@ def shard() -> dict:
 def gradient_placements() -> dict:
     """A replicated weight whose gradient is a partial sum: both replicas must step with the whole gradient."""
     dist.init_process_group("gloo")
-    from torch.distributed.tensor import Partial, Replicate, distribute_tensor
+    from torch.distributed.tensor import Partial, Replicate
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     weight = torch.nn.Parameter(distribute_tensor(torch.full((4,), 0.5), mesh, [Replicate()]))
@@ -106,6 +115,55 @@ def gradient_placements() -> dict:
     gathered = [torch.zeros(4) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, weight.to_local().detach())
     return {"replicas": [replica.tolist() for replica in gathered]}
+
+
+def stochastic_rounding() -> dict:
+    """Decay bf16 ones: a sharded tensor, and one that every process has."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ones = torch.ones(4000, dtype=torch.bfloat16)
+    params = [torch.nn.Parameter(t) for t in (distribute_tensor(ones, mesh, [Shard(0)]), ones)]
+    optimizer = PAdam(params, lr=1e-3, weight_decay=1.0, lambda_p=0, bf16_stochastic_round=True)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    gathered: list[list[list[bool]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, [(t == 1).tolist() for t in (params[0].to_local(), params[1])])
+    return {"shards": [shard for shard, _ in gathered], "replicas": [replica for _, replica in gathered]}
+
+
+def eight_bit(directory: str) -> dict:
+    """Train with 8-bit moments, whole and sharded; the sharded run is saved and loaded half-way."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def start(shard: bool) -> tuple[torch.nn.Module, PAdam8bit]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(256, 64, bias=False), torch.nn.Linear(64, 3, bias=False))
+        model = fully_shard(model, mesh=mesh) if shard else model
+        return model, PAdam8bit(model.parameters(), lr=1e-2, p_norm=0.8, lambda_p=0.05)
+
+    def train(model: torch.nn.Module, optimizer: PAdam8bit, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(32, 256, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, optimizer = start(shard=False)
+    train(whole, optimizer, range(6))
+    sharded, optimizer = start(shard=True)
+    train(sharded, optimizer, range(3))
+    weights, state = get_state_dict(sharded, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=directory)
+    resumed, optimizer = start(shard=True)
+    weights, state = get_state_dict(resumed, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=directory)
+    set_state_dict(resumed, optimizer, model_state_dict=weights, optim_state_dict=state)
+    train(resumed, optimizer, range(3, 6))
+    packed = [hasattr(state["exp_avg"].to_local(), "codes") for state in optimizer.state.values()]
+    pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
+    return {"packed": packed, "difference": max((p - q.full_tensor()).abs().max().item() for p, q in pairs)}
 
 
 def over_gloo(script: str, *arguments: str) -> None:
@@ -123,4 +181,5 @@ if __name__ == "__main__":
     if not dist.is_initialized() or dist.get_rank() == 0:
         print("RESULT " + json.dumps(result), flush=True)  # noqa: T201
     if dist.is_initialized():
+        dist.barrier()  # a process that leaves early can take the others' connections with it
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -48,3 +49,19 @@ def test_sharded_training_equals_unsharded_training():
 def test_replicas_step_with_the_whole_gradient():
     first, second = job(2, "gradient_placements")["replicas"]
     assert first == second == pytest.approx([0.4] * 4)
+
+
+def test_shards_round_differently_and_replicas_alike():
+    result = job(2, "stochastic_rounding")
+    first, second = result["replicas"]
+    assert first == second
+    first, second = result["shards"]
+    agreement = sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
+    assert 0.5 < agreement < 0.8  # by chance: 0.74² + 0.26² = 0.62
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="runs where torchao is installed")
+def test_sharded_8_bit_training_equals_unsharded_training_and_can_be_resumed(tmp_path):
+    result = job(2, "eight_bit", tmp_path)
+    assert result["packed"] == [True, False]
+    assert result["difference"] < 1e-5
