@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
@@ -19,6 +19,7 @@ from .backends import CHOICES
 from .metrics import Perplexity, WeightSparsity, sequence_nll
 from .param_groups import decayed_parameters
 from .registration import NAME, OPTIONS, optimizer_options
+from .resumable import ResumableTrainer
 
 
 @dataclass
@@ -79,7 +80,7 @@ class PAdamTrainingArguments(TrainingArguments):
             optimizer_options(self)
 
 
-class PAdamTrainer(Trainer):
+class PAdamTrainer(ResumableTrainer):
     """A Trainer whose evaluations report perplexity and sparsity, and whose training logs report sparsity.
 
     * ``eval_perplexity`` is exp(summed NLL / predicted tokens), exact across batches of unequal length, ``-100``
