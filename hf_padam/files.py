@@ -9,6 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+INCOMPLETE = ".incomplete"
+"""The directory, in a run's output directory, of what is being written and has not been renamed to its place yet."""
+
+
+class WriteError(OSError):
+    """A file could not be written: the message says which, why, and how full its disk is."""
+
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a file beside its destination, flush it to disk, then rename it there."""
@@ -33,6 +40,8 @@ def staged(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+    except OSError as error:
+        raise WriteError(f"{path} could not be written: {error}. {describe_disk(path.parent)}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -44,17 +53,55 @@ def staged_directory(directory: str | Path, last: str | None = None) -> Iterator
     Args:
         directory: Where the files go; created if missing.
         last: Name of the file to move last: the one whose presence tells readers that the rest is there.
+
+    Raises:
+        WriteError: If the files could not be written, for want of space for example.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=directory) as name:
-        temporary = Path(name)
+    temporary = directory / INCOMPLETE
+    discard(temporary)  # what a kill has left
+    temporary.mkdir(parents=True)
+    try:
         yield temporary
+        flush_tree(temporary)
         for file in sorted(temporary.iterdir(), key=lambda f: (f.name == last, f.name)):
             target = directory / file.name
             if file.is_dir() and target.is_dir():
                 shutil.rmtree(target)
             os.replace(file, target)
+    except Exception as error:
+        raise WriteError(f"{directory} could not be written: {error}. {describe_disk(directory)}") from error
+    finally:
+        discard(temporary)
+
+
+def discard(directory: Path) -> None:
+    """Delete a directory of temporary files, if it is there."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def flush_tree(directory: Path) -> None:
+    """Make sure that a directory and all it holds is on the disk."""
+    for path in [*directory.rglob("*"), directory]:
+        flush_directory(path)
+
+
+def flush_directory(path: Path) -> None:
+    """Make sure that a directory's entries, or a file's contents, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def describe_disk(directory: Path) -> str:
+    """Name the disk that holds a directory, and its free space."""
+    mount = directory.resolve()
+    while not mount.is_mount():
+        mount = mount.parent
+    usage = shutil.disk_usage(mount)
+    return f"The disk at {mount} has {usage.free / 1e9:.3f} of {usage.total / 1e9:.3f} GB free"
 
 
 def _umask() -> int:

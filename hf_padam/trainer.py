@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
 from .backends import CHOICES
+from .gradients import check_gradient_norm
 from .metrics import Perplexity, WeightSparsity, sequence_nll
 from .param_groups import decayed_parameters
 from .registration import NAME, OPTIMIZERS, OPTIONS, optimizer_options
+from .resumable import ResumableTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,6 +68,13 @@ class PAdamTrainingArguments(TrainingArguments):
         default=OPTIONS["bf16_stochastic_round"].default,
         metadata={"help": "For models whose weights are bf16: round them up or down at random, exact in the mean."},
     )
+    nonfinite_gradients: str = field(
+        default="stop",
+        metadata={
+            "help": "What to do at a step whose gradients are not finite: stop, or skip its update.",
+            "choices": ["stop", "skip"],
+        },
+    )
     backend: str = field(
         default=OPTIONS["backend"].default,
         metadata={"help": "How the update runs. auto picks the fastest available.", "choices": list(CHOICES)},
@@ -79,11 +92,13 @@ class PAdamTrainingArguments(TrainingArguments):
                 self.optim_target_modules = json.loads(targets)
             except ValueError as error:
                 raise ValueError(f"optim_target_modules={targets!r} is not a list in JSON: {error}") from error
+        if self.nonfinite_gradients not in ("stop", "skip"):
+            raise ValueError(f"nonfinite_gradients={self.nonfinite_gradients!r} is not allowed: it is stop or skip")
         if OptimizerNames(self.optim).value in OPTIMIZERS:
             optimizer_options(self)
 
 
-class PAdamTrainer(Trainer):
+class PAdamTrainer(ResumableTrainer):
     """A Trainer whose evaluations report perplexity and sparsity, and whose training logs report sparsity.
 
     * ``eval_perplexity`` is exp(summed NLL / predicted tokens), exact across batches of unequal length, ``-100``
@@ -92,6 +107,8 @@ class PAdamTrainer(Trainer):
       ``eval_sparsity_total`` that among all parameters, frozen ones included and each tied weight counted once.
 
     Both sparsities are also in the training logs, so they reach whatever `report_to` names. Works with any optimizer.
+
+    Runs go on exactly after a kill (see `ResumableTrainer`), and a gradient that is not finite is never applied.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -113,6 +130,20 @@ class PAdamTrainer(Trainer):
         """Return the shares of exact zeros: `sparsity` of the decayed weights, `sparsity_total` of the model."""
         summary = WeightSparsity().compute(model=self.model, decayed=self.decayed_names())
         return {key: summary[key] for key in ("sparsity", "sparsity_total")}
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the gradients' norm, over all processes; act as `nonfinite_gradients` says if it is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # a sharded model's
+        step = self.state.global_step + 1
+        try:
+            check_gradient_norm(norm, step, self.accelerator)
+        except FloatingPointError:
+            if getattr(self.args, "nonfinite_gradients", "stop") == "stop":
+                raise
+            logger.warning("The gradient norm of step %d is %s: its update is skipped.", step, float(norm))
+            model.zero_grad()  # without gradients the optimizer leaves weights and moments as they are
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add sparsity to every log of training progress."""

@@ -9,52 +9,27 @@ Same model, data, options, results and pictures as finetune_clm.py; the training
 from __future__ import annotations
 
 import math
+import sys
 import time
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from support import report
-from support.arguments import DataArguments, ModelArguments, check_output_dir, parse_arguments
+from support.arguments import DataArguments, ModelArguments, check_output_dir, check_resume, parse_arguments
 from support.data import load_blocks
 from support.errors import UsageError, reports_usage_errors
+from support.loop import PROGRESS_FILE, LoopArguments, Progress
 from support.models import load_model_and_tokenizer, save_model
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator, get_scheduler
 
 from hf_padam import PAdam, Perplexity, WeightSparsity, get_param_groups
+from hf_padam.gradients import check_gradient_norm
+from hf_padam.interruption import EXIT_STATUS, StopSignal
 from hf_padam.metrics import sequence_nll
-
-
-@dataclass
-class LoopArguments:
-    """The training options of this loop: names and meanings are those of TrainingArguments."""
-
-    output_dir: str = field(default="trainer_output", metadata={"help": "Where everything is written."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
-    p_norm: float = field(default=0.8, metadata={"help": "p of the norm whose decay is applied."})
-    lambda_p: float = field(default=0.1, metadata={"help": "Strength of the p-norm decay."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Strength of the L2 decay."})
-    decay_embeddings: bool = field(default=False, metadata={"help": "Decay embeddings and the output head too."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the data, unless max_steps is set."})
-    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences per process and micro-batch."})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Same, for evaluation."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimizer step."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Name of a Transformers schedule."})
-    warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
-    logging_steps: int = field(default=10, metadata={"help": "Steps between logs."})
-    save_strategy: str = field(default="no", metadata={"help": "This loop saves no checkpoints.", "choices": ["no"]})
-    report_to: str = field(default="none", metadata={"help": "A tracker that accelerate knows, e.g. tensorboard."})
-    seed: int = field(default=42, metadata={"help": "Seed of data order and dropout."})
-
-    def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)} is too small: it must be at least 1")
 
 
 @reports_usage_errors
@@ -66,11 +41,16 @@ def main() -> None:
     output_dir = check_output_dir(args.output_dir)
     if data_args.streaming and args.max_steps <= 0:
         raise UsageError("--streaming has no end that is known in advance: give --max_steps")
+    resume = check_resume(args.resume_from_checkpoint, PROGRESS_FILE)
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=output_dir,
+            step_scheduler_with_optimizer=False,
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True
+            ),  # an order that a resumed run repeats
         )
     except ValueError as error:
         raise UsageError(f"--report_to {args.report_to}: {error}") from error
@@ -94,12 +74,13 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
 
-    loaders = {
+    loaders: dict[str, Any] = {
         split: DataLoader(
             dataset,
             batch_size=args.per_device_train_batch_size if split == "train" else args.per_device_eval_batch_size,
             shuffle=split == "train" and not data_args.streaming,
             collate_fn=default_data_collator,
+            generator=torch.Generator(),  # so that starting to read does not draw from the one that dropout uses
         )
         for split, dataset in splits.items()
     }
@@ -111,6 +92,7 @@ def main() -> None:
         total_steps = math.ceil(args.num_train_epochs * len(loaders["train"]) / args.gradient_accumulation_steps)
     try:
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
+        scheduler = accelerator.prepare(scheduler)
     except ValueError as error:
         raise UsageError(f"--lr_scheduler_type: {error}") from error
     if args.report_to != "none":
@@ -131,44 +113,60 @@ def main() -> None:
 
     plain = accelerator.unwrap_model(model)
     before = report.Magnitudes.of(plain, decayed)
-    test_before = perplexity("test")
 
-    # 3. Training.
-    history: list[dict[str, float]] = []
-    step, losses, seconds = 0, [], 0.0
-    progress = tqdm(total=total_steps, desc="Training", disable=not accelerator.is_main_process)
-    while step < total_steps:
-        for batch in loaders["train"]:
-            start = time.perf_counter()
-            with accelerator.accumulate(model):
-                loss = model(**batch).loss
-                accelerator.backward(loss)
-                losses.append(loss.detach())
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    scheduler.step()
-                    optimizer.zero_grad()
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
-            seconds += time.perf_counter() - start
-            if not accelerator.sync_gradients:
-                continue
-            step += 1
-            progress.update()
-            if step % args.logging_steps == 0 or step == total_steps:
-                mean_loss = accelerator.gather(torch.stack(losses)).mean().item()
-                sparsity = WeightSparsity().compute(model=plain, decayed=decayed)["sparsity"]
-                history.append({"step": step, "loss": mean_loss, "sparsity": sparsity})
-                progress.set_postfix(loss=f"{mean_loss:.3f}", sparsity=f"{sparsity:.2%}")
-                accelerator.log({"loss": mean_loss, "sparsity": sparsity}, step=step)
-                losses.clear()
-            if step == total_steps:
-                break
-    progress.close()
+    # 3. Where an interrupted run goes on. The model that training starts from is evaluated once.
+    progress = Progress(accelerator, args)
+    progress.resume(resume, output_dir, optimizer)
+    if progress.test_before is None:
+        progress.test_before = perplexity("test")
+
+    # 4. Training.
+    model.train()
+    bar = tqdm(total=total_steps, initial=progress.step, desc="Training", disable=not accelerator.is_main_process)
+    with StopSignal() as stop:
+        while progress.step < total_steps:
+            loaders["train"].set_epoch(progress.epoch)
+            for batch in accelerator.skip_first_batches(loaders["train"], progress.batches):
+                start = time.perf_counter()
+                with accelerator.accumulate(model):
+                    loss = model(**batch).loss
+                    accelerator.backward(loss)
+                    progress.losses.append(loss.detach())
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                        check_gradient_norm(norm, progress.step + 1, accelerator)
+                        optimizer.step()
+                        scheduler.step()
+                        optimizer.zero_grad()
+                if torch.accelerator.is_available():
+                    torch.accelerator.synchronize()
+                progress.seconds += time.perf_counter() - start
+                progress.batches += 1
+                if not accelerator.sync_gradients:
+                    continue
+                progress.step += 1
+                bar.update()
+                last = progress.step == total_steps
+                if progress.step % args.logging_steps == 0 or last:
+                    mean_loss = accelerator.gather(torch.stack(progress.losses)).mean().item()
+                    sparsity = WeightSparsity().compute(model=plain, decayed=decayed)["sparsity"]
+                    progress.history.append({"step": progress.step, "loss": mean_loss, "sparsity": sparsity})
+                    bar.set_postfix(loss=f"{mean_loss:.3f}", sparsity=f"{sparsity:.2%}")
+                    accelerator.log({"loss": mean_loss, "sparsity": sparsity}, step=progress.step)
+                    progress.losses.clear()
+                stopping = stop.agreed()
+                if stopping or args.saves_at(progress.step, last):
+                    progress.save(output_dir, args.save_total_limit)
+                if stopping:
+                    accelerator.end_training()
+                    sys.exit(EXIT_STATUS)
+                if last:
+                    break
+            progress.epoch, progress.batches = progress.epoch + 1, 0
+    bar.close()
     validation, test = perplexity("validation"), perplexity("test")
 
-    # 4. What comes out: model and tokenizer first, the results last.
+    # 5. What comes out: model and tokenizer first, the results last.
     def save(directory: str) -> None:
         state = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
@@ -184,14 +182,14 @@ def main() -> None:
         decayed,
         title=f"{model_args.model_name_or_path} fine-tuned with padam in a plain accelerate loop",
         before=before,
-        history=history,
+        history=progress.history,
         arguments=(model_args, data_args, args),
         is_main_process=accelerator.is_main_process,
         validation_perplexity=validation,
         test_perplexity=test,
-        test_perplexity_before=test_before,
-        train_steps=step,
-        train_tokens_per_second=step * batch_size * block_size / seconds,
+        test_perplexity_before=progress.test_before,
+        train_steps=progress.step,
+        train_tokens_per_second=progress.step * batch_size * block_size / progress.seconds,
         seed=args.seed,
     )
     accelerator.end_training()

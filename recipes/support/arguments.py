@@ -18,6 +18,9 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from hf_padam.checkpoints import TRAINER_STATE, CheckpointError, check_checkpoint
+from hf_padam.files import write_atomically
+
 from .errors import UsageError
 
 
@@ -109,8 +112,8 @@ COMMON = """
 output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size
 gradient_accumulation_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler_type
 warmup_steps bf16 activation_checkpointing logging_steps eval_strategy eval_steps save_strategy save_steps
-report_to run_name seed use_cpu resume_from_checkpoint optim optim_args optim_target_modules p_norm lambda_p
-decay_embeddings backend
+save_total_limit report_to run_name seed use_cpu resume_from_checkpoint nonfinite_gradients optim optim_args
+optim_target_modules p_norm lambda_p decay_embeddings backend
 """.split()
 """The training options that `--help` shows; `--help_all` shows all of them."""
 
@@ -135,6 +138,10 @@ def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
     )
+    for action in parser._actions:
+        if action.dest == "resume_from_checkpoint":  # alone, it means the newest
+            action.nargs, action.const = "?", "true"
+            action.help = "Go on from the newest complete checkpoint in output_dir, or from the one given, if any."
     parser.add_argument("--help_all", action="help", help="show every training option that Transformers has, and exit")
     known = {f.name for kind in dataclass_types for f in dataclasses.fields(kind) if f.init}
     if "--help" in argv or "-h" in argv:
@@ -244,25 +251,24 @@ def check_output_dir(path: str | None) -> Path:
     return directory
 
 
-def check_resume(path: str | None) -> str | bool | None:
+def check_resume(path: str | None, state_file: str = TRAINER_STATE) -> str | bool | None:
     """Return what `Trainer.train` takes: a checkpoint's path, or True for the newest in the output directory.
 
     Raises:
-        UsageError: If the path is not a checkpoint.
+        UsageError: If the path is not a complete checkpoint.
     """
     if path is None or path.lower() in ("", "false"):
         return None
     if path.lower() == "true":
         return True
-    if not (Path(path) / "trainer_state.json").is_file():
-        raise UsageError(f"--resume_from_checkpoint {path} is not a checkpoint: it has no trainer_state.json")
-    return path
+    try:
+        return str(check_checkpoint(path, state_file))
+    except CheckpointError as error:
+        raise UsageError(f"--resume_from_checkpoint: {error}") from error
 
 
 def save_config(path: Path, *parsed: Any) -> None:
     """Write every option that differs from its default, so that the file repeats the run as ``SCRIPT FILE``."""
-    from hf_padam.files import write_atomically
-
     config = {}
     for arguments in parsed:
         defaults = type(arguments).__dataclass_fields__

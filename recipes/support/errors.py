@@ -1,4 +1,4 @@
-"""The one error that a recipe shows without a traceback."""
+"""The errors that a recipe shows without a traceback."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import functools
 import sys
 from collections.abc import Callable
 
+from hf_padam.checkpoints import CheckpointError
+from hf_padam.files import WriteError
+
 
 class UsageError(Exception):
     """Something the user gave cannot be used: the message says what, what is allowed, and what to do."""
 
 
 def reports_usage_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a script's main so that a `UsageError` ends it with its message alone and exit status 2."""
+    """Wrap a script's main so that errors with a message for the user end it with that alone.
+
+    The exit status is 2 for a `UsageError`, 1 where a run fails on its way: a full disk, gradients that are not
+    finite.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
@@ -21,5 +28,8 @@ def reports_usage_errors(main: Callable[[], None]) -> Callable[[], None]:
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except (CheckpointError, WriteError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
 
     return wrapped

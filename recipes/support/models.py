@@ -91,10 +91,12 @@ def save_model(output_dir: Path, save: Callable[[str], object], is_main_process:
         save: Writes model and tokenizer into the directory that it is given.
         is_main_process: Whether `save` writes anything here; elsewhere it only takes part in gathering the weights.
     """
+    if not is_main_process:
+        save(str(output_dir))
+        return
     with staged_directory(output_dir, last="config.json") as staging:
         save(str(staging))
-        if is_main_process:
-            (output_dir / "results.json").unlink(missing_ok=True)  # an earlier run's, of another model
+        (output_dir / "results.json").unlink(missing_ok=True)  # an earlier run's, of another model
 
 
 def _load_gguf(directory: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:

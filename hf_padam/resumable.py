@@ -1,0 +1,165 @@
+"""A Trainer whose runs can be killed at any moment and go on to the same weights, logs and pictures.
+
+What Transformers 5.23 leaves to do: its checkpoints are written in place and the newest is taken for complete; a
+checkpoint of the last step is trained one step further; the losses since the last log are forgotten. Its
+`enable_jit_checkpoint` does not fit: it saves with the random state of half a step later, before the step is logged,
+at a step that processes do not agree on, and lets the script go on as if training had ended.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from .checkpoints import (
+    TRAINER_STATE,
+    resolve_checkpoint,
+    rotate_checkpoints,
+    staged_checkpoint,
+)
+from .interruption import EXIT_STATUS, StopSignal
+from .settings import hyperparameters, warn_of_other_settings
+
+logger = logging.getLogger(__name__)
+
+RUN_STATE = "run_state.json"
+_SETTINGS = (
+    "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
+    "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16", "fp16",
+)  # fmt: skip
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer that survives SIGKILL, and on SIGTERM saves a checkpoint and ends the process with status 143.
+
+    * ``train(resume_from_checkpoint=True)`` goes on from the newest complete checkpoint of the output directory, warns
+      about the incomplete ones that it passes over, and starts from the beginning if there is none.
+    * A checkpoint is written whole or not at all. A run that goes on from one ends with the weights and the log
+      history of a run that was never interrupted.
+    * A checkpoint of other settings is used with a warning that lists them: those that the optimizer saves (learning
+      rate, decay, ...) stay as they were, all others are the new ones.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stop_signal = StopSignal()
+        self._staging: Path | None = None
+        self.add_callback(_StopAtSigterm(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; see `transformers.Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: The path of a checkpoint, or True for the newest complete one.
+            args: As there.
+            kwargs: As there.
+
+        Raises:
+            CheckpointError: If the named checkpoint is not complete, or one cannot be saved.
+            SystemExit: After a SIGTERM, once a checkpoint is saved.
+        """
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        with self._stop_signal:
+            return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch, but not a step more if the checkpoint is of the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    # Saving: the Trainer writes into a directory that is renamed afterwards.
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging.parent) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with staged_checkpoint(checkpoint) as self._staging:
+            try:
+                super()._save_checkpoint(model, trial)
+                self._complete(self._staging, checkpoint)
+            finally:
+                self._staging = None
+        if self.args.should_save:
+            rotate_checkpoints(checkpoint, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(checkpoint))
+
+    def _complete(self, staging: Path, checkpoint: Path) -> None:
+        """Add what a Trainer forgets: the losses since the last log, of every process, and the settings."""
+        losses = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
+        if self.state.best_model_checkpoint == str(staging):
+            self.state.best_model_checkpoint = str(checkpoint)
+        if not self.args.should_save:
+            return
+        self.state.save_to_json(str(staging / TRAINER_STATE))
+        run_state = {"losses": losses, "last_log": self._globalstep_last_logged, "settings": self._settings()}
+        (staging / RUN_STATE).write_text(json.dumps(run_state))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Do nothing: called before the checkpoint has its name; `_save_checkpoint` pushes it later."""
+
+    # Loading.
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        run_state = _read_run_state(checkpoint)
+        if not run_state:
+            return
+        losses = torch.tensor(run_state["losses"])
+        mine = losses[self.args.process_index] if len(losses) == self.args.world_size else losses.mean()
+        self._tr_loss.copy_(mine)
+        self._total_loss_scalar -= losses.mean().item()  # which is the mean over the steps since the checkpoint
+        self._globalstep_last_logged = run_state["last_log"]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None  # created before anything is loaded
+        asked = hyperparameters(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not self.is_world_process_zero():
+            return
+        settings = _read_run_state(checkpoint).get("settings", {})
+        warn_of_other_settings(checkpoint, hyperparameters(self.optimizer), asked, settings, self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what shapes a run's weights and is not in its optimizer's state."""
+        settings = {name: getattr(self.args, name) for name in _SETTINGS} | {"processes": self.args.world_size}
+        return json.loads(json.dumps(settings, default=str))
+
+
+def _read_run_state(checkpoint: str | None) -> dict[str, Any]:
+    """Read what `_complete` has written; nothing from a checkpoint of the plain Trainer."""
+    file = Path(checkpoint or "") / RUN_STATE
+    return json.loads(file.read_text()) if checkpoint and file.is_file() else {}
+
+
+class _StopAtSigterm(TrainerCallback):
+    """After a SIGTERM, save at the end of the step, once that is logged and evaluated as due; then exit."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer, self.stopping = trainer, False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer._stop_signal.agreed():
+            self.stopping = control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stopping:
+            logger.warning("SIGTERM: saved checkpoint-%d, and stopping. Resume from it to go on.", state.global_step)
+            self.trainer.callback_handler.on_train_end(args, state, control)  # for loggers to write what they hold
+            self.trainer.accelerator.end_training()
+            sys.exit(EXIT_STATUS)

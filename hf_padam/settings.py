@@ -1,0 +1,55 @@
+"""Compare the settings of a checkpoint with those of the run that goes on from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
+
+
+def hyperparameters(optimizer: Optimizer) -> dict[str, list[Any]]:
+    """Return the hyperparameters of an optimizer's groups, by name; learning rates as a schedule starts from them."""
+    groups = [{**group, "lr": group.get("initial_lr", group["lr"])} for group in optimizer.param_groups]
+    names = set(groups[0]) - {"params", "param_names", "initial_lr"}
+    return {name: [group.get(name) for group in groups] for name in sorted(names)}
+
+
+def warn_of_other_settings(
+    checkpoint: str | Path,
+    loaded: Mapping[str, list[Any]],
+    asked: Mapping[str, list[Any]],
+    saved: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> None:
+    """Warn, in one message, about every setting in which a checkpoint differs from the run that goes on from it.
+
+    Args:
+        checkpoint: Named in the warning.
+        loaded: `hyperparameters` after the optimizer's state was loaded; these are in force.
+        asked: `hyperparameters` before.
+        saved: Settings of the run that saved the checkpoint.
+        given: Settings of this run; these are in force.
+    """
+    lines = []
+    for name in sorted(loaded.keys() & asked.keys()):
+        pairs = {f"{old} -> {new}" for old, new in zip(loaded[name], asked[name], strict=False) if _differ(old, new)}
+        lines += [f"{name}: {pair} (the saved value is used)" for pair in sorted(pairs)]
+    for name in sorted(saved.keys() & given.keys()):
+        if _differ(saved[name], given[name]):
+            lines.append(f"{name}: {saved[name]} -> {given[name]} (the new value is used)")
+    if lines:
+        logger.warning(
+            "%s was saved by a run of other settings (saved -> given now):\n  %s\nWhat follows is not what that run "
+            "would have done. To train its weights with new settings, start a new run with them as the model.",
+            checkpoint,
+            "\n  ".join(lines),
+        )
+
+
+def _differ(old: Any, new: Any) -> bool:
+    return list(old) != list(new) if isinstance(old, tuple | list) and isinstance(new, tuple | list) else old != new

@@ -1,0 +1,111 @@
+"""What the loop without a Trainer keeps track of: its options, its progress, its checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.optim import Optimizer
+
+from hf_padam.checkpoints import resolve_checkpoint, rotate_checkpoints, staged_checkpoint
+from hf_padam.settings import hyperparameters, warn_of_other_settings
+
+from .errors import UsageError
+
+PROGRESS_FILE = "custom_checkpoint_0.pkl"
+"""Where accelerate saves the first object that is registered with it: the `Progress`."""
+
+
+@dataclass
+class LoopArguments:
+    """The training options of the loop: names and meanings are those of TrainingArguments."""
+
+    output_dir: str = field(default="trainer_output", metadata={"help": "Where everything is written."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
+    p_norm: float = field(default=0.8, metadata={"help": "p of the norm whose decay is applied."})
+    lambda_p: float = field(default=0.1, metadata={"help": "Strength of the p-norm decay."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Strength of the L2 decay."})
+    decay_embeddings: bool = field(default=False, metadata={"help": "Decay embeddings and the output head too."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the data, unless max_steps is set."})
+    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences per process and micro-batch."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Same, for evaluation."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimizer step."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Name of a Transformers schedule."})
+    warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    logging_steps: int = field(default=10, metadata={"help": "Steps between logs."})
+    save_strategy: str = field(
+        default="no", metadata={"help": "Whether to save checkpoints.", "choices": ["no", "steps"]}
+    )
+    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int | None = field(default=None, metadata={"help": "How many checkpoints to keep."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "Replaced by parse_arguments."})
+    report_to: str = field(default="none", metadata={"help": "A tracker that accelerate knows, e.g. tensorboard."})
+    seed: int = field(default=42, metadata={"help": "Seed of data order and dropout."})
+
+    def __post_init__(self) -> None:
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in (*sizes, "logging_steps", "save_steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)} is too small: it must be at least 1")
+
+    def saves_at(self, step: int, last: bool) -> bool:
+        """Whether a checkpoint is due after a step."""
+        return self.save_strategy == "steps" and (last or step % self.save_steps == 0)
+
+
+class Progress:
+    """How far a run has come; accelerate saves and loads it beside model, optimizer, schedule and random state."""
+
+    def __init__(self, accelerator: Accelerator, args: LoopArguments) -> None:
+        self._accelerator = accelerator
+        self._settings = asdict(args) | {"processes": accelerator.num_processes}
+        self.step = self.epoch = self.batches = 0  # batches of this epoch
+        self.seconds = 0.0
+        self.history: list[dict[str, float]] = []
+        self.losses: list[torch.Tensor] = []  # since the last row of history
+        self.test_before: float | None = None
+        accelerator.register_for_checkpointing(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything; every process must ask, for losses are averaged over them."""
+        state = {key: value for key, value in vars(self).items() if key != "_accelerator"}
+        if self.losses:
+            state["losses"] = list(self._accelerator.reduce(torch.stack(self.losses), "mean").cpu())
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore everything but the settings, which are kept beside this run's own."""
+        self.saved_settings = state.pop("_settings")
+        vars(self).update(state)
+        self.losses = [loss.to(self._accelerator.device) for loss in self.losses]
+
+    def resume(self, choice: str | bool | None, output_dir: Path, optimizer: Optimizer) -> None:
+        """Load the checkpoint that `check_resume` has chosen, if any, into all that accelerate has prepared."""
+        checkpoint = resolve_checkpoint(choice, output_dir, PROGRESS_FILE)
+        if checkpoint is None:
+            return
+        asked = hyperparameters(optimizer)
+        self._accelerator.load_state(str(checkpoint))
+        if self._accelerator.is_main_process:
+            given = {key: self._settings[key] for key in self._settings.keys() - asked.keys() - _WITHOUT_EFFECT}
+            warn_of_other_settings(checkpoint, hyperparameters(optimizer), asked, self.saved_settings, given)
+
+    def save(self, output_dir: Path, limit: int | None) -> None:
+        """Save a checkpoint, and delete the oldest ones beyond a limit."""
+        checkpoint = output_dir / f"checkpoint-{self.step}"
+        with staged_checkpoint(checkpoint) as staging:
+            self._accelerator.save_state(str(staging))
+        if self._accelerator.is_main_process:
+            rotate_checkpoints(checkpoint, limit, state_file=PROGRESS_FILE)
+
+
+_WITHOUT_EFFECT = {
+    "output_dir", "learning_rate", "per_device_eval_batch_size", "logging_steps", "save_strategy", "save_steps",
+    "save_total_limit", "resume_from_checkpoint", "report_to",
+}  # fmt: skip
+"""Options that do not change what is trained, or that `hyperparameters` covers under another name."""
