@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,6 +100,14 @@ def with_tensor_parallel() -> nn.Module:
     return parallelize_module(OddModel(), mesh, {"first": first, "second": second})
 
 
+def zero3_placeholder() -> nn.Parameter:
+    """Seven zeros as DeepSpeed's ZeRO-3 leaves them: four on each process, the last of which is padding."""
+    param: Any = nn.Parameter(torch.empty(0))
+    param.ds_numel, param.ds_process_group = 7, dist.group.WORLD
+    param.ds_tensor = torch.tensor([0.0, 0.0, 0.0, float(dist.get_rank())])
+    return param
+
+
 def main(directory: str) -> dict:
     """Compare with what the one process of test_sharded.py left in `directory`, and leave checkpoints there."""
     warnings.simplefilter("ignore")
@@ -126,6 +135,10 @@ def main(directory: str) -> dict:
         refusal = str(get_param_groups(FSDP(OddModel(), device_id=torch.device("cpu"))))
     except ValueError as error:
         refusal = str(error)
+    try:
+        zero3_refusal = str(PAdam([("head", zero3_placeholder())]))
+    except ValueError as error:
+        zero3_refusal = str(error)
     state = optimizer.state[model.last.weight]
     empty = [0 for _ in range(dist.get_world_size())]
     dist.all_gather_object(empty, state["exp_avg"].to_local().numel())
@@ -134,6 +147,7 @@ def main(directory: str) -> dict:
         "sparsities": sparsities,
         "shards_of_last": empty,
         "refusal": refusal,
+        "zero3_refusal": zero3_refusal,
         "step_is_a_cpu_scalar": type(state["step"]) is Tensor and state["step"].shape == (),
     }
 

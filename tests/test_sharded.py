@@ -41,6 +41,10 @@ def test_parameters_that_fsdp1_flattened_are_refused(trained):
     assert "fsdp_use_orig_params: true" in trained[-1]["refusal"]
 
 
+def test_a_tensor_of_zeros_is_refused_under_zero3_too(trained):
+    assert "parameter head" in trained[-1]["zero3_refusal"] and "all zeros" in trained[-1]["zero3_refusal"]
+
+
 def test_a_checkpoint_of_one_process_goes_on_in_two(trained):
     *_, result = trained
     assert result["differences"]["from_one"] < TOLERANCE
