@@ -257,10 +257,10 @@ def _shard(param: DTensor) -> tuple[int, ...]:
 
 def _starts_at_zero(param: Tensor) -> bool:
     """Whether all of a parameter, over all shards, is zero. FSDP1's shards and meta tensors cannot be judged."""
-    if param.numel() == 0 or param.is_meta or hasattr(param, "_fsdp_flattened"):
+    if param.is_meta or hasattr(param, "_fsdp_flattened"):
         return False
-    (count,) = count_zeros({"": param.detach()})
-    return count.zeros == count.elements
+    (count,) = count_zeros({"": param})
+    return 0 < count.elements == count.zeros
 
 
 def check_hyperparameters(values: dict[str, Any]) -> None:

@@ -34,8 +34,14 @@ def decayed_parameters(
             `TrainingArguments.optim_target_modules` has elsewhere. PEFT adapters are included only if named here.
 
     Raises:
-        ValueError: If an entry of `target_modules` matches nothing, or is no regular expression.
+        ValueError: If an entry of `target_modules` matches nothing, or is no regular expression; if FSDP1 has merged
+            parameters, so that a weight cannot be told from a bias.
     """
+    if any(name.rpartition(".")[2] == "_flat_param" for name, _ in model.named_parameters()):
+        raise ValueError(
+            "FSDP1 has merged weights and biases into flat parameters, so they cannot decay apart: set "
+            "fsdp_use_orig_params: true (use_orig_params=True), or use FSDP2, fsdp_version: 2"
+        )
     targets = _Targets(model, target_modules)
     listed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     embeddings = set() if decay_embeddings else {id(p) for p in _embedding_weights(model)}

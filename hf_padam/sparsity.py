@@ -32,16 +32,11 @@ class TensorCount:
         return self.zeros / self.elements if self.elements else 0.0
 
 
-def element_count(tensor: Tensor) -> int:
-    """Return the number of elements of a whole tensor, however it is sharded."""
-    return getattr(tensor, "ds_numel", tensor.numel())
-
-
 def local_shard(tensor: Tensor) -> tuple[Tensor, Any]:
     """Return the part of a tensor that is held here, and how the tensor is sharded (None where it is not).
 
     DTensors are sharded by fully_shard and tensor parallelism. DeepSpeed's ZeRO-3 leaves an empty placeholder with the
-    shard in an attribute: flat, and padded to the same size on every rank.
+    shard in an attribute: flat, and padded to the same size on every rank. FSDP1's parameters are shards themselves.
     """
     if isinstance(tensor, DTensor):
         return tensor.to_local(), (tensor.device_mesh, tensor.placements)
@@ -49,7 +44,7 @@ def local_shard(tensor: Tensor) -> tuple[Tensor, Any]:
         placeholder: Any = tensor
         shard, group = placeholder.ds_tensor.detach(), placeholder.ds_process_group
         return shard[: max(0, placeholder.ds_numel - dist.get_rank(group) * shard.numel())], group
-    return tensor, None
+    return tensor, dist.group.WORLD if hasattr(tensor, "_fsdp_flattened") else None
 
 
 def sum_over_shards(values: Tensor, sharding: Any) -> Tensor:
@@ -85,26 +80,32 @@ def count_zeros(
         One count per tensor, in order.
     """
     batches: defaultdict[tuple, dict[str, list[Tensor]]] = defaultdict(dict)
+    elements: defaultdict[tuple, list[int]] = defaultdict(list)
     for name, tensor in tensors.items():
         local, sharding = local_shard(tensor)
         counts = [local.numel() - torch.count_nonzero(local)]
         if near_zero is not None:
             counts.append(torch.count_nonzero(local.abs() < near_zero) - counts[0])
         batches[local.device, sharding][name] = counts
+        elements[local.device, sharding].append(local.numel())
     values: dict[str, list[int]] = {}
-    for (_, sharding), batch in batches.items():
-        stacked = torch.stack([count for counts in batch.values() for count in counts])
-        flat = iter(sum_over_shards(stacked, sharding).tolist())
-        values.update({name: [next(flat) for _ in counts] for name, counts in batch.items()})
+    for key, batch in batches.items():
+        device, sharding = key
+        counted = torch.stack([count for counts in batch.values() for count in counts])
+        stacked = torch.cat([torch.tensor(elements[key], device=device), counted])
+        summed = sum_over_shards(stacked, sharding).tolist()
+        sizes, flat = summed[: len(batch)], iter(summed[len(batch) :])
+        for (name, counts), size in zip(batch.items(), sizes, strict=True):
+            values[name] = [size, *(next(flat) for _ in counts)]
     return [
         TensorCount(
             name=name,
-            elements=element_count(tensor),
-            zeros=values[name][0],
-            near_zeros=values[name][1] if near_zero is not None else None,
+            elements=values[name][0],
+            zeros=values[name][1],
+            near_zeros=values[name][2] if near_zero is not None else None,
             decayed=name in decayed,
         )
-        for name, tensor in tensors.items()
+        for name in tensors
     ]
 
 

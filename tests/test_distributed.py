@@ -23,15 +23,15 @@ def launch(processes: int, *command: object) -> subprocess.CompletedProcess:
     return result
 
 
-def job(processes: int, *arguments: object) -> dict:
-    output = launch(processes, REPOSITORY / "tests" / "distributed.py", *arguments).stdout
+def job(processes: int, script: str, *arguments: object) -> dict:
+    output = launch(processes, REPOSITORY / "tests" / script, *arguments).stdout
     (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
     return json.loads(line.removeprefix("RESULT "))
 
 
 def test_two_processes_train_and_evaluate_like_one(tmp_path):
-    one = job(1, "evaluate", tmp_path / "one", 4, 2)
-    two = job(2, "evaluate", tmp_path / "two", 4, 1)
+    one = job(1, "distributed.py", "evaluate", tmp_path / "one", 4, 2)
+    two = job(2, "distributed.py", "evaluate", tmp_path / "two", 4, 1)
     assert (one["processes"], two["processes"]) == (1, 2)
     # Sums in another order: rounding, which Adam carries on for six steps.
     assert two["eval_perplexity"] == pytest.approx(one["eval_perplexity"], rel=1e-4)
@@ -39,7 +39,7 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path):
 
 
 def test_sharded_training_equals_unsharded_training():
-    result = job(2, "shard")
+    result = job(2, "distributed.py", "shard")
     assert result["difference"] < 1e-5
     assert result["sharded"] == pytest.approx(result["plain"], abs=1e-4)
     assert result["plain"]["sparsity"] > 0.01
@@ -47,7 +47,7 @@ def test_sharded_training_equals_unsharded_training():
 
 
 def test_replicas_step_with_the_whole_gradient():
-    first, second = job(2, "gradient_placements")["replicas"]
+    first, second = job(2, "distributed.py", "gradient_placements")["replicas"]
     assert first == second == pytest.approx([0.4] * 4)
 
 
