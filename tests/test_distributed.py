@@ -52,7 +52,7 @@ def test_replicas_step_with_the_whole_gradient():
 
 
 def test_shards_round_differently_and_replicas_alike():
-    result = job(2, "stochastic_rounding")
+    result = job(2, "distributed.py", "stochastic_rounding")
     first, second = result["replicas"]
     assert first == second
     first, second = result["shards"]
@@ -62,6 +62,6 @@ def test_shards_round_differently_and_replicas_alike():
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="runs where torchao is installed")
 def test_sharded_8_bit_training_equals_unsharded_training_and_can_be_resumed(tmp_path):
-    result = job(2, "eight_bit", tmp_path)
+    result = job(2, "distributed.py", "eight_bit", tmp_path)
     assert result["packed"] == [True, False]
     assert result["difference"] < 1e-5

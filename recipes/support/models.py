@@ -74,7 +74,7 @@ def load_model_and_tokenizer(
         raise UsageError(f"--model_name_or_path {args.model_name_or_path} needs another package: {error}") from error
     except Exception as error:  # the loaders raise whatever their file format's library raises
         raise UsageError(_explain(args.model_name_or_path or "", error)) from error
-    embeddings = model.get_input_embeddings().num_embeddings  # not of the weight, which ZeRO-3 leaves empty
+    embeddings: Any = model.get_input_embeddings().num_embeddings  # not of the weight, which ZeRO-3 leaves empty
     if len(tokenizer) > embeddings:
         raise UsageError(
             f"the tokenizer has {len(tokenizer)} tokens but the model only {embeddings} embeddings: they do not "
