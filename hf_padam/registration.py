@@ -118,7 +118,7 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
         weight_decay=args.weight_decay,
-        rounding_seed=args.seed,
+        rounding_seed=args.seed if options["bf16_stochastic_round"] else 0,
         target_modules=args.optim_target_modules,
     )
     check_hyperparameters(options)

@@ -61,6 +61,11 @@ def test_accelerate_understands_every_key_of_a_launch_file(file):
     assert config.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
+@pytest.mark.parametrize("file", LAUNCH_FILES, ids=lambda file: file.stem)
+def test_the_readme_has_every_launch_file(file):
+    assert f"`{file.name}`" in (REPOSITORY / "README.md").read_text()
+
+
 def test_several_machines_shard_as_one_does():
     one, several = (yaml.safe_load((REPOSITORY / "recipes/accelerate" / f"{name}.yaml").read_text())
                     for name in ("fsdp2", "multi_node"))  # fmt: skip
@@ -87,9 +92,24 @@ def config(tmp_path_factory, text_file) -> Path:
 def one_process(config, tmp_path_factory) -> Path:
     """The output of one process that accumulates two batches where two processes take one each."""
     out = tmp_path_factory.mktemp("one")
-    result = run_recipe("finetune_clm.py", config, "--output_dir", out, "--gradient_accumulation_steps", 2)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_alone(config, out, *SAVES)
     return out
+
+
+@pytest.fixture(scope="module")
+def two_processes(config, tmp_path_factory) -> Path:
+    """The output of two processes under cpu.yaml."""
+    out = tmp_path_factory.mktemp("two")
+    accelerate_launch("cpu.yaml", REPOSITORY / "recipes/finetune_clm.py", config, "--output_dir", out, *SAVES)
+    return out
+
+
+SAVES = ("--save_strategy", "steps", "--save_steps", "4")
+
+
+def run_alone(config: Path, out: Path, *arguments: object) -> None:
+    result = run_recipe("finetune_clm.py", config, "--output_dir", out, "--gradient_accumulation_steps", 2, *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def check_equal(out: Path, reference: Path) -> None:
@@ -110,18 +130,25 @@ def check_equal(out: Path, reference: Path) -> None:
     assert not [file for file in out.iterdir() if file.name.startswith(".")], "only one process writes"
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["recipes/finetune_clm.py"],
-        ["recipes/finetune_clm_no_trainer.py"],
-        ["-m", "hf_padam", "run", "recipes/finetune_clm.py"],
-    ],
-    ids=["trainer", "loop", "hf-padam run"],
-)
-def test_two_processes_train_like_one_that_accumulates(tmp_path, config, one_process, command):
-    *before, recipe = command
-    accelerate_launch("cpu.yaml", *before, REPOSITORY / recipe, config, "--output_dir", tmp_path)
+def test_two_processes_train_like_one_that_accumulates(two_processes, one_process):
+    check_equal(two_processes, one_process)
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_one(tmp_path, config, two_processes, one_process):
+    run_alone(config, tmp_path, "--resume_from_checkpoint", two_processes / "checkpoint-4", *SAVES)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"], "it began at step 4"
+    check_equal(tmp_path, one_process)
+
+
+def test_the_loop_in_two_processes_trains_like_one(tmp_path, config, one_process):
+    accelerate_launch("cpu.yaml", REPOSITORY / "recipes/finetune_clm_no_trainer.py", config, "--output_dir", tmp_path)
+    check_equal(tmp_path, one_process)
+
+
+def test_a_checkpoint_of_one_process_goes_on_in_two_under_hf_padam_run(tmp_path, config, one_process):
+    command = ["-m", "hf_padam", "run", REPOSITORY / "recipes/finetune_clm.py", config, "--output_dir", tmp_path]
+    accelerate_launch("cpu.yaml", *command, "--resume_from_checkpoint", one_process / "checkpoint-4", *SAVES)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"], "it began at step 4"
     check_equal(tmp_path, one_process)
 
 
