@@ -8,9 +8,9 @@ Everything runs in one process; the optimizers take turns, and the median of the
     python recipes/benchmark_step.py --models smollm2-135m --dtypes fp32 --p_norms 0.8 1 --repeats 15
     python recipes/benchmark_step.py --models gpt2 --dtypes fp32 --p_norms 0.8 --trainer_steps 6
 
-What to expect on 2 CPU cores (AVX2, EPYC), SmolLM2-135M, fp32, in 1.5 minutes, as multiples of AdamW fused (97 ms):
+What to expect of SmolLM2 on 2 CPU cores (EPYC, AVX-512), in 1.5 minutes, as multiples of AdamW fused (58 ms):
 
-    AdamW for-loop 3.2, foreach 3.4; PAdam compiled 1.3 (p = 0.8), 1.0 (p = 1); two-pass 12.4, 8.0; PAdam eager 31, 18
+    AdamW for-loop 2.6, foreach 3.3; PAdam compiled 1.06 (p = 0.8), 1.05 (p = 1); two-pass 8.7, 6.9; eager 29, 13
 
 GPU: not measured. "GB/s" divides the least traffic an Adam step can have (28 bytes a parameter in fp32, 14 in bf16) by
 the time, so it compares with the row "copy". "two-pass" is the method as its authors released it: clone the
