@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from distributed import leave
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -163,7 +163,4 @@ def difference(model: nn.Module, expected: dict[str, Tensor]) -> float:
 
 
 if __name__ == "__main__":
-    result = main(sys.argv[1])
-    if dist.get_rank() == 0:
-        print("RESULT " + json.dumps(result), flush=True)  # noqa: T201
-    dist.destroy_process_group()
+    leave(main(sys.argv[1]))
