@@ -117,10 +117,10 @@ def random_key(*numbers: int) -> int:
 
 
 def random_bits(position: Tensor, tensor_key: int | Tensor, step_key: int | Tensor) -> Tensor:
-    """Return 32 random bits for each element: a hash, so no state is kept and every backend draws the same.
+    """Return 32 random bits for each element: a hash, so no state is kept; every backend draws the same.
 
     Args:
-        position: Of the elements in their tensor; int32.
+        position: Of the elements in their tensor; int32. Backends may count strided tensors' in another order.
         tensor_key: From `random_key`, another for each tensor.
         step_key: From `random_key`, another for each step.
     """
@@ -128,7 +128,7 @@ def random_bits(position: Tensor, tensor_key: int | Tensor, step_key: int | Tens
     first, second, third = (m - 2**32 if m >= 2**31 else m for m in MULTIPLIERS)
     x = position ^ tensor_key
     x = (x ^ ((x >> 16) & 0xFFFF)) * first
-    x = ((x ^ ((x >> 15) & 0x1FFFF)) + step_key) * second
+    x = ((x ^ ((x >> 15) & 0x1FFFF)) + (step_key ^ tensor_key)) * second
     x = (x ^ ((x >> 16) & 0xFFFF)) * third
     return x ^ ((x >> 16) & 0xFFFF)
 

@@ -137,3 +137,10 @@ def test_a_model_without_bf16_weights_is_told_that_the_option_does_nothing(caplo
 def test_bad_options_are_refused(option):
     with pytest.raises(ValueError, match=f"{next(iter(option))}=.* is not allowed"):
         PAdam([torch.nn.Parameter(torch.ones(2))], **option)
+
+
+def test_tensors_whose_keys_are_alike_share_no_bits():
+    position = torch.arange(2**16, dtype=torch.int32)
+    key = random_key(1)
+    one, other = (random_bits(position, k, random_key(2)) for k in (key, key ^ 12345))
+    assert torch.isin(one, other).double().mean() < 1e-3  # were they the same ones in another order: 1

@@ -63,7 +63,7 @@ def random_bits(position, tensor_key, step_key):
     tensor_key, step_key = tensor_key.to(tl.uint32, bitcast=True), step_key.to(tl.uint32, bitcast=True)
     x = position.to(tl.uint32) ^ tensor_key
     x = (x ^ (x >> 16)) * _MULTIPLIER1
-    x = ((x ^ (x >> 15)) + step_key) * _MULTIPLIER2
+    x = ((x ^ (x >> 15)) + (step_key ^ tensor_key)) * _MULTIPLIER2
     x = (x ^ (x >> 16)) * _MULTIPLIER3
     return x ^ (x >> 16)
 
