@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -100,11 +101,17 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
 
     Raises:
         ImportError: If what the optimizer needs is not installed.
-        ValueError: On an unknown key, a bad value, or an option given twice.
+        ValueError: On an unknown key, a bad value, an option given twice, or 8-bit moments under a full FSDP state.
     """
     optimizer_class = OPTIMIZERS[OptimizerNames(args.optim).value]
     if optimizer_class is PAdam8bit:
         check_installed()
+        full = os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT") == "FULL_STATE_DICT"
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and full:
+            raise ValueError(
+                'optim="padam_8bit" cannot save its packed moments with fsdp_state_dict_type: FULL_STATE_DICT, which '
+                'gathers them. Use SHARDED_STATE_DICT (and resume with as many processes), or optim="padam"'
+            )
     options: dict[str, Any] = {key: option.default for key, option in OPTIONS.items()}
     typed = {key: getattr(args, key) for key in OPTIONS if hasattr(args, key)}
     options.update(typed)

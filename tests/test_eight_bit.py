@@ -160,3 +160,12 @@ def test_without_torchao_the_arguments_say_what_to_install(tmp_path, monkeypatch
         PAdamTrainingArguments(str(tmp_path), optim="padam_8bit", use_cpu=True)
     with pytest.raises(ImportError, match="need torchao"):
         PAdam8bit(parameters())
+
+
+def test_a_full_fsdp_state_is_refused_before_training(tmp_path, monkeypatch):
+    from hf_padam import PAdamTrainingArguments
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    with pytest.raises(ValueError, match="SHARDED_STATE_DICT"):
+        PAdamTrainingArguments(str(tmp_path), optim="padam_8bit", use_cpu=True)
