@@ -96,6 +96,13 @@ class PAdam(Optimizer):
         """Keep the backend when copied or pickled; torch keeps only state, groups and defaults."""
         return {**super().__getstate__(), "backend": self.backend}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a state; groups that were saved before an option existed get its default."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name in ("bf16_stochastic_round", "rounding_seed"):
+                group.setdefault(name, self.defaults[name])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its hyperparameters and tensors.
 

@@ -299,3 +299,15 @@ def test_auto_takes_eager_for_small_models_and_says_so_without_a_compiler(monkey
     with pytest.raises(RuntimeError, match='backend="compiled" cannot run.*no C\\+\\+ compiler'):
         backends.select("compiled", cpu, 10**9)
     backends._refusal.cache_clear()
+
+
+def test_groups_saved_before_an_option_existed_get_its_default():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = PAdam([param])
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["bf16_stochastic_round"], group["rounding_seed"]
+    optimizer.load_state_dict(state)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.param_groups[0]["bf16_stochastic_round"] is False
