@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +55,10 @@ def newest_checkpoint(directory: str | Path, state_file: str = TRAINER_STATE) ->
         state_file: The file that holds the run's progress; a checkpoint without it is incomplete.
     """
     found: Path | None = None
+    for replaced in (Path(directory) / INCOMPLETE).glob("replaced-*"):  # a kill between two renames
+        original = Path(directory) / replaced.name.removeprefix("replaced-")
+        if not original.exists():
+            os.rename(replaced, original)
     for checkpoint in sorted(_checkpoints(Path(directory)), key=_step, reverse=True):
         defect = find_defect(checkpoint, state_file)
         if defect is None:
@@ -96,6 +99,8 @@ def resolve_checkpoint(
     Raises:
         CheckpointError: If the named checkpoint is not complete.
     """
+    if isinstance(choice, str) and choice.lower() in ("true", "false"):  # from a command line
+        choice = choice.lower() == "true"
     if choice and choice is not True:
         return check_checkpoint(choice, state_file)
     found: list[Path | None] = [None]
@@ -106,10 +111,14 @@ def resolve_checkpoint(
     return broadcast_object_list(found)[0] if choice else None
 
 
-def find_defect(checkpoint: Path, state_file: str = TRAINER_STATE) -> str | None:
+def find_defect(checkpoint: Path, state_file: str = TRAINER_STATE, checksums: bool = True) -> str | None:
     """Say what keeps a run from going on from a checkpoint, naming the file; None if nothing does.
 
-    Every file that torch or safetensors wrote is checked for its full length, torch's also for their checksums.
+    Args:
+        checkpoint: Its directory.
+        state_file: As for `newest_checkpoint`.
+        checksums: Whether to check, besides the lengths of torch's and safetensors' files, torch's checksums too,
+            which reads all of them.
     """
     if (checkpoint / _SENTINEL).exists():
         return f"it holds {_SENTINEL}"
@@ -118,7 +127,7 @@ def find_defect(checkpoint: Path, state_file: str = TRAINER_STATE) -> str | None
             return f"it has no {what} ({patterns[0]})"
     for file in sorted(checkpoint.rglob("*")):
         try:
-            defect = None if file.is_dir() else _file_defect(file)
+            defect = None if file.is_dir() else _file_defect(file, checksums)
         except Exception as error:  # of a damaged file, parsers complain in every way
             defect = f"cannot be read ({error})"
         if defect is not None:
@@ -126,7 +135,7 @@ def find_defect(checkpoint: Path, state_file: str = TRAINER_STATE) -> str | None
     return None
 
 
-def _file_defect(file: Path) -> str | None:
+def _file_defect(file: Path, checksums: bool) -> str | None:
     if file.suffix == ".safetensors":
         size = file.stat().st_size
         with open(file, "rb") as stream:
@@ -147,7 +156,7 @@ def _file_defect(file: Path) -> str | None:
             if stream.read(1) == b"\x80":  # torch.save's format without an archive, which has no checksums
                 return None
         with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
+            damaged = archive.testzip() if checksums else None
         return f"is damaged: the checksum of {damaged} is wrong" if damaged else None
     return None
 
@@ -205,8 +214,9 @@ def rotate_checkpoints(
         best: Another one to keep.
         state_file: As for `newest_checkpoint`.
     """
-    kept = {newest} | ({Path(best)} if best else set())
-    others = [c for c in _checkpoints(newest.parent) if c not in kept and (c / state_file).is_file()]
+    kept = {path.resolve() for path in (newest, Path(best or newest))}
+    others = [c for c in _checkpoints(newest.parent) if c.resolve() not in kept]
+    others = [c for c in others if find_defect(c, state_file, checksums=False) is None]
     others.sort(key=lambda c: (int(c.stat().st_mtime), _step(c)))  # by time: steps of an earlier run may be higher
     surplus = len(others) + len(kept) - limit if limit else 0
     for checkpoint in others[: max(surplus, 0)]:
@@ -214,7 +224,7 @@ def rotate_checkpoints(
         trash = newest.parent / INCOMPLETE
         trash.mkdir(exist_ok=True)
         os.rename(checkpoint, trash / checkpoint.name)
-        shutil.rmtree(trash)
+        discard(trash)
 
 
 def _checkpoints(directory: Path) -> list[Path]:

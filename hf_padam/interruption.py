@@ -53,5 +53,7 @@ class StopSignal:
     def agreed(self) -> bool:
         """Whether any process has had a SIGTERM. Every process must ask after the same step, and all hear the same."""
         processes = PartialState()
+        if processes.num_processes == 1:
+            return self._received
         received = torch.tensor(int(self._received), device=processes.device)
         return bool(reduce(received, reduction="sum").item())

@@ -26,7 +26,7 @@ from .checkpoints import (
     staged_checkpoint,
 )
 from .interruption import EXIT_STATUS, StopSignal
-from .settings import hyperparameters, warn_of_other_settings
+from .settings import check_world_size, hyperparameters, warn_of_other_settings
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +63,13 @@ class ResumableTrainer(Trainer):
             kwargs: As there.
 
         Raises:
-            CheckpointError: If the named checkpoint is not complete, or one cannot be saved.
+            CheckpointError: If the named checkpoint is not complete or does not fit, or one cannot be saved.
             SystemExit: After a SIGTERM, once a checkpoint is saved.
         """
         checkpoint = resolve_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        saved = _read_run_state(str(checkpoint)).get("settings", {}).get("processes") if checkpoint else None
+        if saved is not None:
+            check_world_size(str(checkpoint), saved, self.args.world_size, self.accelerator.distributed_type)
         with self._stop_signal:
             return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DistributedType
 from torch.optim import Optimizer
+
+from .checkpoints import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +20,19 @@ def hyperparameters(optimizer: Optimizer) -> dict[str, list[Any]]:
     groups = [{**group, "lr": group.get("initial_lr", group["lr"])} for group in optimizer.param_groups]
     names = set(groups[0]) - {"params", "param_names", "initial_lr"}
     return {name: [group.get(name) for group in groups] for name in sorted(names)}
+
+
+def check_world_size(checkpoint: str | Path, saved: int, given: int, distributed_type: DistributedType) -> None:
+    """Check that a checkpoint can be loaded by this number of processes: by any, but for DeepSpeed's.
+
+    Raises:
+        CheckpointError: If it cannot.
+    """
+    if distributed_type == DistributedType.DEEPSPEED and saved != given:
+        raise CheckpointError(
+            f"{checkpoint} was saved by {saved} processes and this run has {given}, but DeepSpeed's partitions fit "
+            f"only as many. Run with {saved} processes, or start a new run with its weights as the model"
+        )
 
 
 def warn_of_other_settings(

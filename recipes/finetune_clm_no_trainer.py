@@ -133,7 +133,7 @@ def main() -> None:
                     accelerator.backward(loss)
                     progress.losses.append(loss.detach())
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                        norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
                         check_gradient_norm(norm, progress.step + 1, accelerator)
                         optimizer.step()
                         scheduler.step()

@@ -7,6 +7,8 @@ import os
 import shutil
 
 import pytest
+import torch
+from accelerate.utils import DistributedType
 from conftest import blocks, tiny_llama
 from test_trainer import options
 from transformers import Trainer, TrainingArguments
@@ -16,9 +18,11 @@ from hf_padam.checkpoints import (
     CheckpointError,
     find_defect,
     newest_checkpoint,
+    resolve_checkpoint,
     rotate_checkpoints,
     staged_checkpoint,
 )
+from hf_padam.settings import check_world_size
 
 
 @pytest.fixture(scope="module")
@@ -140,22 +144,48 @@ def test_the_best_checkpoint_is_known_by_its_final_name_and_kept(tmp_path):
     assert saved["best_model_checkpoint"] == best
 
 
-def checkpoint_at(directory, step, seconds, complete=True):
+def checkpoint_at(directory, step, seconds):
     path = directory / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    if complete:
-        (path / "trainer_state.json").write_text("{}")
+    (path / "trainer_state.json").write_text("{}")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"):
+        torch.save({}, path / name)
     os.utime(path, (seconds, seconds))
     return path
 
 
-def test_rotation_neither_counts_nor_deletes_half_written_checkpoints(tmp_path):
-    old, half = checkpoint_at(tmp_path, 4, 100), checkpoint_at(tmp_path, 8, 200, complete=False)
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), halve], ids=["missing", "cut short"])
+def test_rotation_neither_counts_nor_deletes_half_written_checkpoints(tmp_path, damage):
+    old, half = checkpoint_at(tmp_path, 4, 100), checkpoint_at(tmp_path, 8, 200)
+    damage(half / "optimizer.pt")
     new = checkpoint_at(tmp_path, 6, 200)
     rotate_checkpoints(new, 2)
     assert old.exists() and half.exists() and new.exists()
     rotate_checkpoints(new, 1)
     assert not old.exists() and half.exists() and new.exists()
+
+
+def test_a_checkpoint_that_was_about_to_be_replaced_comes_back(tmp_path):
+    """A kill came between the two renames, which take the old one away and put the new one there."""
+    old = checkpoint_at(tmp_path, 4, 100)
+    (tmp_path / ".incomplete").mkdir()
+    old.rename(tmp_path / ".incomplete" / "replaced-checkpoint-4")
+    assert newest_checkpoint(tmp_path) == old and old.is_dir()
+
+
+@pytest.mark.parametrize("choice", ["true", "True", True])
+def test_the_newest_may_be_asked_for_in_words(tmp_path, choice):
+    assert resolve_checkpoint(choice, tmp_path) is None
+    assert resolve_checkpoint("false", tmp_path) is None
+    there = checkpoint_at(tmp_path, 4, 100)
+    assert resolve_checkpoint(choice, tmp_path) == there
+
+
+def test_only_deepspeeds_partitions_need_the_same_number_of_processes():
+    check_world_size("checkpoint-4", 8, 4, DistributedType.MULTI_GPU)
+    check_world_size("checkpoint-4", 8, 8, DistributedType.DEEPSPEED)
+    with pytest.raises(CheckpointError, match="checkpoint-4 was saved by 8 processes and this run has 4"):
+        check_world_size("checkpoint-4", 8, 4, DistributedType.DEEPSPEED)
 
 
 def test_rotation_goes_by_time_and_keeps_the_newest_and_the_best(tmp_path):

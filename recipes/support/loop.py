@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 
 from hf_padam.checkpoints import resolve_checkpoint, rotate_checkpoints, staged_checkpoint
-from hf_padam.settings import hyperparameters, warn_of_other_settings
+from hf_padam.settings import check_world_size, hyperparameters, warn_of_other_settings
 
 from .errors import UsageError
 
@@ -36,7 +36,7 @@ class LoopArguments:
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimizer step."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Name of a Transformers schedule."})
     warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0: not."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between logs."})
     save_strategy: str = field(
         default="no", metadata={"help": "Whether to save checkpoints.", "choices": ["no", "steps"]}
@@ -89,6 +89,8 @@ class Progress:
         checkpoint = resolve_checkpoint(choice, output_dir, PROGRESS_FILE)
         if checkpoint is None:
             return
+        saved = torch.load(checkpoint / PROGRESS_FILE, weights_only=True)["_settings"]["processes"]
+        check_world_size(checkpoint, saved, self._accelerator.num_processes, self._accelerator.distributed_type)
         asked = hyperparameters(optimizer)
         self._accelerator.load_state(str(checkpoint))
         if self._accelerator.is_main_process:
