@@ -71,7 +71,7 @@ class PAdamTrainingArguments(TrainingArguments):
     nonfinite_gradients: str = field(
         default="stop",
         metadata={
-            "help": "What to do at a step whose gradients are not finite: stop, or skip its update.",
+            "help": "At a step whose gradients are not finite: stop, or skip its update (as fp16 and DeepSpeed do).",
             "choices": ["stop", "skip"],
         },
     )
