@@ -162,7 +162,8 @@ class PAdamTrainer(ResumableTrainer):
         loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
         scores = _token_scores(logits, labels)
         if scores is not None and labels is not None:
-            shift = _predicts_the_next_token(self.accelerator.unwrap_model(model))
+            shift = "shift_labels" not in inputs  # else the collator has shifted them
+            shift = shift and _predicts_the_next_token(self.accelerator.unwrap_model(model))
             nll, tokens = self.accelerator.gather_for_metrics(sequence_nll(scores, labels, shift=shift))
             self._nll.append(nll)
             self._tokens.append(tokens)

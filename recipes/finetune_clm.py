@@ -16,35 +16,18 @@ The flags are those of Hugging Face's run_clm.py and of TrainingArguments; a YAM
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-import torch
 from support import report
 from support.arguments import DataArguments, ModelArguments, check_output_dir, check_resume, parse_arguments
 from support.data import load_blocks
 from support.errors import UsageError, reports_usage_errors
 from support.models import load_model_and_tokenizer, save_model
+from support.pruning import PruningArguments, evaluate_one_shot
+from support.timing import StepTimer
 from transformers import TrainerCallback, default_data_collator, set_seed
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
-
-
-class StepTimer(TrainerCallback):
-    """Add up the time of training steps, evaluations and logging left out."""
-
-    seconds, steps = 0.0, 0
-
-    def on_step_begin(self, *args, **kwargs) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
-
-    def on_step_end(self, *args, **kwargs) -> None:
-        """Stop it, once the device is done."""
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        self.seconds += time.perf_counter() - self._start
-        self.steps += 1
 
 
 class TestBefore(TrainerCallback):
@@ -69,8 +52,8 @@ class TestBefore(TrainerCallback):
 def main() -> None:
     """Run the recipe."""
     # 1. Arguments, checked before anything is fetched.
-    model_args, data_args, args = parse_arguments(
-        (__doc__ or "").split("\n")[0], ModelArguments, DataArguments, PAdamTrainingArguments
+    model_args, data_args, pruning_args, args = parse_arguments(
+        (__doc__ or "").split("\n")[0], ModelArguments, DataArguments, PruningArguments, PAdamTrainingArguments
     )
     output_dir = check_output_dir(args.output_dir)
     if data_args.streaming and args.max_steps <= 0:
@@ -101,11 +84,15 @@ def main() -> None:
         decayed = trainer.decayed_names()
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
+    params = dict(model.named_parameters())
+    for callback in pruning_args.callbacks({name: params[name] for name in decayed}):
+        trainer.add_callback(callback)
     before = report.Magnitudes.of(model, decayed)
     trainer.add_callback(TestBefore(trainer, splits["test"]))
     trainer.train(resume_from_checkpoint=resume)
     validation = trainer.evaluate(metric_key_prefix="validation")
     test = trainer.evaluate(splits["test"], metric_key_prefix="test")
+    one_shot = evaluate_one_shot(trainer, pruning_args.one_shot)
 
     # 4. What comes out: model and tokenizer first, the results last.
     save_model(output_dir, trainer.save_model, args.should_save)
@@ -116,13 +103,15 @@ def main() -> None:
         trainer.accelerator.unwrap_model(trainer.model),
         decayed,
         title=f"{model_args.model_name_or_path} fine-tuned with {args.optim.value}",
+        model_source=str(model_args.model_name_or_path),
         before=before,
         history=trainer.state.log_history,
-        arguments=(model_args, data_args, args),
+        arguments=(model_args, data_args, pruning_args, args),
         is_main_process=trainer.is_world_process_zero(),
         validation_perplexity=validation["validation_perplexity"],
         test_perplexity=test["test_perplexity"],
         test_perplexity_before=next(row[TestBefore.KEY] for row in trainer.state.log_history if TestBefore.KEY in row),
+        one_shot=one_shot,
         train_steps=trainer.state.global_step,
         train_tokens_per_second=tokens * args.world_size / timer.seconds if timer.seconds else 0.0,
         seed=args.seed,

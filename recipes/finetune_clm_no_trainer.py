@@ -181,6 +181,7 @@ def main() -> None:
         plain,
         decayed,
         title=f"{model_args.model_name_or_path} fine-tuned with padam in a plain accelerate loop",
+        model_source=str(model_args.model_name_or_path),
         before=before,
         history=progress.history,
         arguments=(model_args, data_args, args),

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager, "compiled": compiled, "triton": triton}
 CHOICES = ("auto", *BACKENDS)
-_COMPILE_PAYS_FROM = 1_000_000
-"""Elements. Below, an eager step on a CPU takes some milliseconds and seconds of compilation hardly pay."""
+_COMPILE_PAYS_FROM = 500_000
+"""Elements. Below, an eager step on a CPU takes a few milliseconds: seconds of compilation hardly pay."""
 
 
 def check(choice: str, device: torch.device) -> None:

@@ -286,6 +286,7 @@ def save_config(path: Path, *parsed: Any) -> None:
 _JSON_LISTS = {"optim_target_modules"}
 _NOT_OPTIONS = {
     "resume_from_checkpoint",
+    "preset",  # the saved options are complete without
     "local_rank",
     "token",
     "hub_token",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
@@ -47,12 +48,26 @@ def load_blocks(
     with main_process_first:
         try:
             raw = _with_all_splits(_load(args, hub_options), args)
-            column = _text_column(raw, args)
+            column = text_column(raw, args.text_column)
             return {split: _pack(raw[split], split, column, tokenizer, block_size, args) for split in SPLITS}
         except UsageError:
             raise
         except Exception as error:  # the loaders raise whatever their file format's library raises
             raise UsageError(_explain(args, error)) from error
+
+
+def load_raw(args: Any, hub_options: dict[str, Any]) -> DatasetDict:
+    """Load the splits that `args`, with the fields of `DataArguments`, names.
+
+    Raises:
+        UsageError: If they cannot be loaded.
+    """
+    try:
+        return _load(args, hub_options)
+    except UsageError:
+        raise
+    except Exception as error:  # as above
+        raise UsageError(_explain(args, error)) from error
 
 
 def _load(args: DataArguments, hub_options: dict[str, Any]) -> DatasetDict | IterableDatasetDict:
@@ -102,12 +117,17 @@ def _with_all_splits(raw: Any, args: DataArguments) -> dict[str, Any]:
     return splits
 
 
-def _text_column(raw: dict[str, Any], args: DataArguments) -> str:
+def text_column(raw: Mapping[str, Any], name: str | None) -> str:
+    """Return the column of the split "train" that holds the text: the one named, `text`, or the only one.
+
+    Raises:
+        UsageError: If there is no such column.
+    """
     columns = raw["train"].column_names or list(next(iter(raw["train"])))
-    if args.text_column:
-        if args.text_column not in columns:
-            raise UsageError(f"--text_column {args.text_column} is not among the columns {', '.join(columns)}")
-        return args.text_column
+    if name:
+        if name not in columns:
+            raise UsageError(f"--text_column {name} is not among the columns {', '.join(columns)}")
+        return name
     if "text" in columns:
         return "text"
     if len(columns) == 1:

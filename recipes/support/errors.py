@@ -14,6 +14,10 @@ class UsageError(Exception):
     """Something the user gave cannot be used: the message says what, what is allowed, and what to do."""
 
 
+class RunFailed(Exception):
+    """A run that a recipe started ended without results: the message says why, and where its output is."""
+
+
 def reports_usage_errors(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a script's main so that errors with a message for the user end it with that alone.
 
@@ -28,7 +32,7 @@ def reports_usage_errors(main: Callable[[], None]) -> Callable[[], None]:
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-        except (CheckpointError, WriteError, FloatingPointError) as error:
+        except (CheckpointError, WriteError, FloatingPointError, RunFailed) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 

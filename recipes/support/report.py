@@ -42,8 +42,8 @@ from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen 
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 RESULT_KEYS = (
-    "validation_loss", "validation_perplexity", "test_loss", "test_perplexity", "test_perplexity_before", "sparsity",
-    "sparsity_total", "decayed_parameters", "total_parameters", "train_steps", "train_tokens_per_second", "seed",
+    "validation_loss", "validation_perplexity", "sparsity", "sparsity_total", "decayed_parameters", "total_parameters",
+    "train_steps", "train_tokens_per_second", "seed",
 )  # fmt: skip
 """What every recipe's `results.json` holds at least. Losses in nats per token, sparsities as shares of exact zeros."""
 
@@ -125,6 +125,7 @@ def conclude(
     decayed: list[str],
     *,
     title: str,
+    model_source: str,
     before: Magnitudes,
     history: list[dict[str, Any]],
     arguments: tuple[Any, ...],
@@ -140,11 +141,13 @@ def conclude(
         model: The model as it was saved.
         decayed: Names of its decayed weights.
         title: Heads the table and the report.
+        model_source: Where the model comes from, for the report.
         before: The decayed weights before training.
         history: Rows with "step" and any of "loss", "sparsity", "eval_perplexity".
-        arguments: The parsed arguments, of models and data first; they are saved as `run_config.yaml`.
+        arguments: The parsed arguments, of the model and the data first; they are saved as `run_config.yaml`.
         is_main_process: Whether this process writes.
-        values: Perplexities and the other `RESULT_KEYS`; the losses follow from the perplexities.
+        values: Perplexities and the other `RESULT_KEYS`, and whatever else is to be found in `results.json`; the
+            losses follow from the perplexities.
     """
     counts = count_model_zeros(model, decayed, near_zero=NEAR_ZERO)
     after = Magnitudes.of(model, decayed)
@@ -153,15 +156,18 @@ def conclude(
     config = directory / "run_config.yaml"
     save_config(config, *arguments)
     results = {
-        "validation_loss": math.log(values["validation_perplexity"]),
-        "test_loss": math.log(values["test_perplexity"]),
+        **{
+            f"{split}_loss": math.log(values[f"{split}_perplexity"])
+            for split in ("validation", "test")
+            if f"{split}_perplexity" in values
+        },
         **values,
         **summarize(counts),
         "near_zeros": sum(c.near_zeros or 0 for c in counts if c.decayed),
         "near_zero_threshold": NEAR_ZERO,
         "hardware": hardware(),
     }
-    model_args, data_args = arguments[:2]
+    data_args = arguments[1]
     run = Run(
         title=title,
         results=results,
@@ -171,7 +177,7 @@ def conclude(
         counts=counts,
         command=f"python {shlex.quote(sys.argv[0])} {shlex.quote(str(config))}",
         sources={
-            "model": str(model_args.model_name_or_path),
+            "model": model_source,
             "text": str(data_args.dataset_name or data_args.train_file),
         },
     )
@@ -194,10 +200,17 @@ def versions() -> dict[str, str]:
 def _rows(run: Run) -> list[tuple[str, str, str]]:
     r = run.results
     before_sparsity = run.before.zeros / run.before.elements
+    test, linear = [], []
+    if "test_perplexity" in r:
+        test = [("test perplexity", f"{r['test_perplexity_before']:.2f}", f"{r['test_perplexity']:.2f}")]
+    if "linear_sparsity" in r:
+        linear = [("zeros among the weights of linear layers", "", f"{r['linear_sparsity']:.2%}")]
     return [
-        ("test perplexity", f"{r['test_perplexity_before']:.2f}", f"{r['test_perplexity']:.2f}"),
+        *test,
         ("validation perplexity", "", f"{r['validation_perplexity']:.2f}"),
+        ("validation loss (nats per token)", "", f"{r['validation_loss']:.4f}"),
         ("zeros among the decayed weights", f"{before_sparsity:.2%}", f"{r['sparsity']:.2%}"),
+        *linear,
         ("zeros among all weights", "", f"{r['sparsity_total']:.2%}"),
         (f"decayed weights below {NEAR_ZERO:g}, not zero", "", f"{r['near_zeros'] / r['decayed_parameters']:.2%}"),
         ("decayed weights / all weights", "", f"{r['decayed_parameters']:,} / {r['total_parameters']:,}"),

@@ -1,0 +1,102 @@
+r"""Compare PAdam with what people use instead: same data, same order, same steps, several seeds; a table, a picture.
+
+    python recipes/compare.py recipes/configs/compare_char_cpu.yaml --train_file input.txt --output_dir runs/compare
+
+The file names a recipe, options common to all runs, the seeds, and for each method a list of settings. Every run is
+that recipe in a process of its own, one on each GPU where there are several; `log.txt`, `results.json` and
+`run_config.yaml` of each are in a directory named after it. Interrupted, the same command goes on with the runs that
+are not finished. Options after the file go to the recipe.
+
+In the output directory: pareto.md (the table), pareto.csv (every seed) and pareto.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from support.arguments import check_output_dir
+from support.errors import UsageError, reports_usage_errors
+from support.pareto import Comparison, Point, setting
+from support.report import hardware
+from support.trials import Job, Runner, extra_options, read_plan
+
+KEYS = {"title": str, "recipe": str, "options": dict, "seeds": list, "dense": str, "reference": str, "methods": dict}
+
+
+def plan_jobs(plan: dict[str, Any], extra: dict[str, Any], directory: Path) -> dict[tuple[str, int, int], Job]:
+    """Return the runs of a comparison, by method, number of the setting, and seed."""
+    for method, settings in plan["methods"].items():
+        if not isinstance(settings, list) or not all(isinstance(options, dict) for options in settings):
+            raise UsageError(f"method {method!r}: its settings must be a list of mappings from options to values")
+    jobs = {}
+    for seed, (method, settings) in itertools.product(plan["seeds"], plan["methods"].items()):
+        for number, options in enumerate(settings):
+            name = re.sub(r"[^a-z0-9.]+", "_", method.lower()).strip("_")
+            merged = plan["options"] | options | extra | {"seed": seed}
+            jobs[method, number, seed] = Job(plan["recipe"], merged, directory / f"{name}-{number}-seed{seed}")
+    return jobs
+
+
+def collect(plan: dict[str, Any], results: dict[tuple[str, int, int], dict[str, Any]]) -> list[Point]:
+    """Gather results into points: one for each setting, and one for each one-shot pruning of its models."""
+    points: dict[tuple[str, str], Point] = {}
+    for (method, number, _), result in results.items():
+        rows = [(method, setting(plan["methods"][method][number]), result)]
+        rows += [(f"{method}, one-shot {r['method']}", f"share {r['share']:g}", r) for r in result["one_shot"]]
+        for name, text, row in rows:
+            point = points.setdefault((name, text), Point(name, text))
+            point.losses.append(row["validation_loss"])
+            point.sparsities.append(row["sparsity"])
+            point.others.setdefault("whole model", []).append(row["sparsity_total"])
+    order = [name for method in plan["methods"] for name in dict.fromkeys(p.method for p in points.values())
+             if name == method or name.startswith(f"{method}, one-shot ")]  # fmt: skip
+    return sorted(points.values(), key=lambda p: order.index(p.method))
+
+
+@reports_usage_errors
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], epilog="Other options are passed to the recipe."
+    )
+    parser.add_argument(
+        "plan", metavar="PLAN.yaml", help="what to compare, e.g. recipes/configs/compare_char_cpu.yaml"
+    )
+    parser.add_argument("--output_dir", default="runs/compare", help="where everything goes")
+    parser.add_argument("--jobs", type=int, help="runs at a time; by default one per GPU, or one")
+    args, remaining = parser.parse_known_args()
+    plan, extra = read_plan(args.plan, KEYS), extra_options(remaining)
+    for name in ("dense", "reference"):
+        if plan[name] not in plan["methods"]:
+            raise UsageError(f"{args.plan}: {name} is {plan[name]!r}, which is not among the methods")
+    directory = check_output_dir(args.output_dir)
+    jobs = plan_jobs(plan, extra, directory)
+    runner = Runner(args.jobs)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn()) as progress:
+        task = progress.add_task("runs", total=len(jobs))
+
+        def done(job: Job, result: dict[str, Any]) -> None:
+            loss, zeros = result["validation_loss"], result["sparsity"]
+            progress.console.print(f"{job.output_dir.name}: loss {loss:.4f}, zeros {zeros:.2%}", highlight=False)
+            progress.advance(task)
+
+        results = runner.run_all(list(jobs.values()), done)
+    comparison = Comparison(collect(plan, dict(zip(jobs, results, strict=True))), plan["dense"], plan["reference"])
+    seeds = ", ".join(map(str, plan["seeds"]))
+    comparison.write(directory, plan["title"], f"Seeds {seeds}; {results[0]['hardware']}; {hardware()}.")
+    comparison.print(plan["title"])
+    print(f"pareto.md, pareto.csv and pareto.png are in {directory}")
+
+
+if __name__ == "__main__":
+    main()

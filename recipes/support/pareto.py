@@ -1,0 +1,177 @@
+"""Loss against sparsity: points, their Pareto front, the table, the CSV file and the picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+
+from hf_padam.files import staged, write_atomically
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
+
+
+@dataclass
+class Point:
+    """One setting of one method, over its seeds."""
+
+    method: str
+    setting: str
+    losses: list[float] = field(default_factory=list)  # validation, nats per token, one for each seed
+    sparsities: list[float] = field(default_factory=list)  # shares of exact zeros among the decayed weights
+    others: dict[str, list[float]] = field(default_factory=dict)  # further sparsities, by name
+
+    @property
+    def loss(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.losses)
+
+    @property
+    def sparsity(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.sparsities)
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """Return the points that no other one beats in both loss and sparsity, the densest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (-p.sparsity, p.loss)):
+        if not front or point.loss < front[-1].loss:
+            front.append(point)
+    return front[::-1]
+
+
+def loss_at(points: Sequence[Point], sparsity: float) -> float | None:
+    """Interpolate a method's loss at a sparsity, linearly between its neighbours; None beyond its ends."""
+    ordered = sorted(points, key=lambda p: p.sparsity)
+    for low, high in zip(ordered, ordered[1:], strict=False):
+        if low.sparsity <= sparsity <= high.sparsity:
+            share = (sparsity - low.sparsity) / max(high.sparsity - low.sparsity, 1e-12)
+            return low.loss + share * (high.loss - low.loss)
+    return None
+
+
+class Comparison:
+    """Points of several methods, and how they are shown.
+
+    Args:
+        points: In the order of the table.
+        dense: Name of the method without zeros that losses are compared with, if any.
+        reference: Name of the method whose loss at the same sparsity is compared with, if any.
+        unconnected: Names of methods whose points are no line.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[Point],
+        dense: str | None = None,
+        reference: str | None = None,
+        unconnected: Collection[str] = (),
+    ) -> None:
+        self.points, self._unconnected = list(points), unconnected
+        self.front = pareto_front(points)
+        self._dense = min((p.loss for p in points if p.method == dense), default=None)
+        self._reference_name = reference
+        self._reference = [p for p in points if p.method in (reference, dense)]
+
+    def columns(self) -> list[str]:
+        """Return the names of the table's columns."""
+        others = [f"zeros, {name}" for name in self.points[0].others]
+        columns = ["method", "setting", "zeros", *others, "loss", "± over seeds", "perplexity", "seeds"]
+        if self._dense is not None:
+            columns.append("loss over dense")
+        if self._reference_name is not None:
+            columns.append(f"loss less {self._reference_name}'s")
+        return [*columns, "on the front"]
+
+    def rows(self) -> list[list[str]]:
+        """Return the table's cells."""
+        rows = []
+        for p in self.points:
+            spread = f"{statistics.stdev(p.losses):.4f}" if len(p.losses) > 1 else ""
+            row = [p.method, p.setting, f"{p.sparsity:.2%}"]
+            row += [f"{statistics.fmean(values):.2%}" for values in p.others.values()]
+            row += [f"{p.loss:.4f}", spread, f"{math.exp(p.loss):.3f}", str(len(p.losses))]
+            if self._dense is not None:
+                row.append(f"{p.loss / self._dense - 1:+.2%}")
+            if self._reference_name is not None:
+                reference = None if p in self._reference else loss_at(self._reference, p.sparsity)
+                row.append("" if reference is None else f"{p.loss - reference:+.4f}")
+            rows.append([*row, "yes" if any(p is q for q in self.front) else ""])
+        return rows
+
+    def print(self, title: str) -> None:
+        """Print the table."""
+        table = Table(title=title)
+        for i, name in enumerate(self.columns()):
+            table.add_column(name, justify="left" if i < 2 else "right")
+        for row in self.rows():
+            table.add_row(*row)
+        Console(width=None if Console().is_terminal else 160).print(table)
+
+    def write(self, directory: Path, title: str, note: str) -> None:
+        """Write `pareto.png`, `pareto.csv` (a row for each seed) and `pareto.md` (the table) into a directory.
+
+        Args:
+            directory: Exists.
+            title: Heads table and picture.
+            note: Hardware and the like, below the table.
+        """
+        self.draw(directory / "pareto.png", title)
+        buffer = io.StringIO()
+        writer = csv.writer(buffer)
+        writer.writerow(["method", "setting", "seed_index", "loss", "sparsity", *self.points[0].others, "on_front"])
+        for p in self.points:
+            for i, (loss, sparsity) in enumerate(zip(p.losses, p.sparsities, strict=True)):
+                others = [values[i] for values in p.others.values()]
+                writer.writerow([p.method, p.setting, i, loss, sparsity, *others, any(p is q for q in self.front)])
+        write_atomically(directory / "pareto.csv", buffer.getvalue())
+        columns = self.columns()
+        lines = [f"# {title}", "", f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
+        lines += [f"| {' | '.join(row)} |" for row in self.rows()]
+        write_atomically(
+            directory / "pareto.md", "\n".join([*lines, "", note, "", "![Loss and zeros](pareto.png)", ""])
+        )
+
+    def draw(self, path: Path, title: str) -> None:
+        """Draw loss against zeros, a line for each method, bars from the least to the largest over the seeds."""
+        methods: dict[str, list[Point]] = {}
+        for point in self.points:
+            methods.setdefault(point.method, []).append(point)
+        figure, axis = plt.subplots(figsize=(8, 5))
+        markers = "osD^v<>PX*hd"
+        for i, (method, points) in enumerate(methods.items()):
+            points = sorted(points, key=lambda p: p.sparsity)
+            x, y = [100 * p.sparsity for p in points], [p.loss for p in points]
+            low_high = [[p.loss - min(p.losses) for p in points], [max(p.losses) - p.loss for p in points]]
+            color, marker = plt.get_cmap("tab20")(i % 20), markers[i % len(markers)]
+            width = 0 if method in self._unconnected else 1.3
+            axis.errorbar(
+                x, y, yerr=low_high, label=method, color=color, marker=marker, markersize=5, linewidth=width, capsize=2
+            )
+        if self._dense is not None:
+            axis.axhline(self._dense, color="gray", linewidth=0.8, linestyle=":")
+            low, high = self._dense, max(min(max(p.loss for p in self.points), 1.35 * self._dense), 1.02 * self._dense)
+            axis.set_ylim(min(low, *(p.loss for p in self.points)) - 0.05 * (high - low), high + 0.05 * (high - low))
+        axis.set(xlabel="exact zeros among the decayed weights (%)", ylabel="validation loss (nats per token)")
+        axis.set_title(title)
+        axis.legend(fontsize=8)
+        figure.tight_layout()
+        with staged(path) as temporary:
+            figure.savefig(temporary, dpi=110)
+        plt.close(figure)
+
+
+def setting(options: Mapping[str, Any]) -> str:
+    """Write a setting's options for people."""
+    return ", ".join(f"{name} {value}" for name, value in options.items() if name not in ("optim", "one_shot"))

@@ -1,0 +1,25 @@
+"""How long training steps take."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import TrainerCallback
+
+
+class StepTimer(TrainerCallback):
+    """Add up the time of training steps, evaluations and logging left out."""
+
+    seconds, steps = 0.0, 0
+
+    def on_step_begin(self, *args, **kwargs) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        """Stop it, once the device is done."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.seconds += time.perf_counter() - self._start
+        self.steps += 1

@@ -1,0 +1,173 @@
+"""Run recipes as processes of their own, several at a time where there are several GPUs, and keep what is finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from hf_padam.files import write_atomically
+
+from .errors import RunFailed, UsageError
+
+Options = dict[str, Any]
+RECIPES = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a recipe."""
+
+    recipe: str  # a file name in recipes/
+    options: Options
+    output_dir: Path
+
+
+class Runner:
+    """Runs jobs, each on a GPU of its own where there are GPUs, else on a share of the CPU's cores.
+
+    Args:
+        jobs: How many run at a time; one per GPU, or one on a CPU, by default.
+    """
+
+    def __init__(self, jobs: int | None = None) -> None:
+        gpus = torch.cuda.device_count()
+        if jobs is not None and jobs < 1:
+            raise UsageError(f"--jobs {jobs} is too small: it must be at least 1")
+        self.jobs = jobs or max(1, gpus)
+        self._slots: queue.Queue[dict[str, str]] = queue.Queue()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else [str(i) for i in range(gpus)]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        for i in range(self.jobs):
+            threads = {"OMP_NUM_THREADS": str(max(1, cores // self.jobs))} if self.jobs > 1 else {}
+            self._slots.put({"CUDA_VISIBLE_DEVICES": names[i % gpus]} if gpus else threads)
+        self._running: set[subprocess.Popen] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Run one job, or take the results that an earlier run with the same options left.
+
+        Raises:
+            RunFailed: If it ends without results.
+        """
+        asked = json.dumps({"recipe": job.recipe, "options": job.options}, indent=1, sort_keys=True) + "\n"
+        request, results, log = (job.output_dir / name for name in ("options.json", "results.json", "log.txt"))
+        if results.is_file() and request.is_file() and request.read_text() == asked:
+            return json.loads(results.read_text())
+        shutil.rmtree(job.output_dir, ignore_errors=True)
+        job.output_dir.mkdir(parents=True)
+        write_atomically(request, asked)
+        environment = self._slots.get()
+        try:
+            command = [sys.executable, str(RECIPES / job.recipe), *as_arguments(job.options)]
+            command += ["--output_dir", str(job.output_dir), "--disable_tqdm", "true"]
+            with open(log, "w") as output, self._lock:
+                if self._stopped:
+                    raise RunFailed("stopped before it began")
+                process = subprocess.Popen(
+                    command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
+                )
+                self._running.add(process)
+            status = process.wait()
+        finally:
+            self._slots.put(environment)
+        self._running.discard(process)
+        if status != 0 or not results.is_file():
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            reason = lines[-1] if lines else f"exit status {status}"
+            raise RunFailed(f"the run in {job.output_dir} failed: {reason} (all of its output is in {log})")
+        return json.loads(results.read_text())
+
+    def run_all(self, jobs: Sequence[Job], done: Callable[[Job, dict[str, Any]], None]) -> list[dict[str, Any]]:
+        """Run jobs, call `done` after each, and return their results in order. The first failure stops all.
+
+        Raises:
+            RunFailed: Of the first job that failed.
+        """
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = {pool.submit(self.run, job): job for job in jobs}
+            try:
+                for future in as_completed(futures):
+                    done(futures[future], future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.stop()
+                raise
+        return [future.result() for future in futures]
+
+    def stop(self) -> None:
+        """Terminate what is running, and start nothing more."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+
+
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Write options as a command line."""
+    arguments = []
+    for name, value in options.items():
+        arguments.append(f"--{name}")
+        for item in value if isinstance(value, list) else [value]:
+            arguments.append(json.dumps(item) if isinstance(item, dict) else str(item))
+    return arguments
+
+
+def read_plan(path: str, keys: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """Read a YAML file of a comparison or a sweep.
+
+    Args:
+        path: The file.
+        keys: The keys it must have, and the types of their values.
+
+    Raises:
+        UsageError: If it cannot be read, or has other keys or types.
+    """
+    try:
+        plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(plan, dict) or set(plan) != set(keys):
+        given = ", ".join(map(str, plan)) if isinstance(plan, dict) else type(plan).__name__
+        raise UsageError(f"{path} must have the keys {', '.join(keys)}; it has {given}")
+    for key, kind in keys.items():
+        if not isinstance(plan[key], kind) or not plan[key]:
+            raise UsageError(f"{path}: {key} is {plan[key]!r}, which is empty or of the wrong type")
+    if not (RECIPES / plan["recipe"]).is_file():
+        raise UsageError(f"{path}: there is no recipe {plan['recipe']!r} in {RECIPES}")
+    return plan
+
+
+def extra_options(arguments: Sequence[str]) -> Options:
+    """Turn ``--name value`` pairs, meant for the recipe, into options.
+
+    Raises:
+        UsageError: If they are not of that form.
+    """
+    options: Options = {}
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            options[name] = [value] if equals else []
+        elif not options:
+            raise UsageError(f"unexpected argument {argument!r}: options for the recipe are --name value")
+        else:
+            options[name].append(argument)
+    for name, values in options.items():
+        if not values:
+            raise UsageError(f"option --{name} for the recipe has no value")
+    return {name: values[0] if len(values) == 1 else values for name, values in options.items()}

@@ -1,0 +1,268 @@
+"""The paper's experiment, what PAdam is compared with, and the drivers that repeat them, at a tiny size."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import compare
+import pretrain_char
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, TEXT, tiny_gpt2, tiny_llama
+from support.characters import Blocks, character_tokenizer, collate_blocks, encode
+from support.pareto import Point, loss_at, pareto_front
+from support.pruning import MagnitudePruning, SoftThreshold, prune_by_magnitude, prune_by_wanda
+from test_recipes import run_recipe
+from torch import nn
+from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerControl, TrainerState, TrainingArguments
+
+TINY = {
+    "preset": "cpu", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "max_steps": 20, "logging_steps": 5,
+    "eval_steps": 10, "warmup_steps": 2, "learning_rate": 1e-2,
+}  # fmt: skip
+
+
+def flags(options: dict) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def refusal(main, arguments: list[str], monkeypatch, capsys) -> str:
+    """Run a recipe that must end with a message for the user, and return that."""
+    monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+def results_of(directory: Path) -> dict:
+    return json.loads((directory / "results.json").read_text())
+
+
+def test_pretrain_char_evaluates_every_character_of_the_tail_and_reports_both_sparsities(tmp_path, text_file):
+    out = tmp_path / "out"
+    options = TINY | {"p_norm": 0.5, "lambda_p": 0.05, "train_file": text_file, "output_dir": out}
+    result = run_recipe("pretrain_char.py", *flags(options), "--one_shot", "0.5", "0.75")
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = results_of(out)
+
+    # The loss again, from the saved model and the text alone.
+    model, tokenizer = GPT2LMHeadModel.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
+    tail = tokenizer(TEXT[len(TEXT) - round(len(TEXT) * 0.1) :], return_tensors="pt")["input_ids"][0]
+    assert tokenizer.decode(tail) == TEXT[-len(tail) :]
+    nll = 0.0
+    for start in range(0, len(tail) - 1, 16):
+        inputs, targets = tail[start : start + 16][: len(tail) - 1 - start], tail[start + 1 : start + 17]
+        with torch.no_grad():
+            nll += nn.functional.cross_entropy(model(inputs[None]).logits[0], targets, reduction="sum").item()
+    assert results["validation_loss"] == pytest.approx(nll / (len(tail) - 1), rel=1e-5)
+    assert results["best_validation_loss"] <= results["validation_loss"] + 1e-9
+
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
+    linear = [p for name, p in matrices.items() if "wte" not in name and "wpe" not in name]
+    for key, tensors in (("sparsity", list(matrices.values())), ("linear_sparsity", linear)):
+        zeros = sum(int((p == 0).sum()) for p in tensors) / sum(p.numel() for p in tensors)
+        assert 0.05 < results[key] == pytest.approx(zeros), key
+    assert [(row["method"], row["share"]) for row in results["one_shot"]] == [
+        ("magnitude", 0.5), ("magnitude", 0.75), ("wanda", 0.5), ("wanda", 0.75),
+    ]  # fmt: skip
+    assert results["one_shot"][1]["sparsity"] == pytest.approx(max(0.75, results["sparsity"]), abs=1e-3)
+
+    # The saved options repeat the run.
+    again = run_recipe("pretrain_char.py", out / "run_config.yaml", "--output_dir", tmp_path / "again")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert results_of(tmp_path / "again")["validation_loss"] == results["validation_loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "huge"}, "--preset huge is not one of full, cpu"),
+        ({"n_head": 3}, "--n_embd 16 must be a multiple of --n_head 3"),
+        ({"prune_to": 1.5}, "--prune_to 1.5 is not a share of the weights"),
+        ({"prune_start": 0.9}, "0 <= start <= end <= 1"),
+        ({"train_file": "/nowhere.txt"}, "--train_file /nowhere.txt does not exist"),
+        ({"block_size": 10**6}, "fewer than one --block_size"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_pretrain_char_refuses_bad_input(tmp_path, text_file, options, message, monkeypatch, capsys):
+    arguments = flags(TINY | {"train_file": text_file, "output_dir": tmp_path} | options)
+    assert message in refusal(pretrain_char.main, arguments, monkeypatch, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_blocks_cover_a_text_once_or_start_anywhere():
+    tokenizer = character_tokenizer(TEXT)
+    tokens = encode(TEXT[:50], tokenizer)
+    whole = Blocks(tokens, 8, stride=8)
+    batch = collate_blocks([whole[i] for i in range(len(whole))])
+    assert batch["labels"][batch["labels"] != -100].tolist() == tokens[1:].tolist()
+    assert batch["input_ids"][batch["labels"] != -100].tolist() == tokens[:-1].tolist()
+    anywhere = Blocks(tokens, 8, stride=1)
+    assert len(anywhere) == 42 and anywhere[41].tolist() == tokens[41:].tolist()
+
+
+def drive(callback, params, optimizer, steps: int, gradient: float = 0.1) -> list[float]:
+    """Call a callback as the Trainer does; return the share of zeros after each step."""
+    args, state, control = TrainingArguments("unused"), TrainerState(max_steps=steps), TrainerControl()
+    shares = []
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.full_like(param, gradient)
+        callback.on_pre_optimizer_step(args, state, control, optimizer=optimizer)
+        optimizer.step()
+        callback.on_optimizer_step(args, state, control, optimizer=optimizer)
+        state.global_step += 1
+        shares.append(sum(int((p == 0).sum()) for p in params) / sum(p.numel() for p in params))
+    return shares
+
+
+def test_gradual_pruning_follows_the_cubic_and_keeps_its_zeros():
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(40, 25)), nn.Parameter(3 * torch.randn(1000))]
+    optimizer = torch.optim.SGD(params, lr=1e-3)
+    shares = drive(MagnitudePruning(params, 0.8, 0.1, 0.5, 2), params, optimizer, 40)
+    expected = [0.8 * (1 - (1 - min(1, max(0, (step - 4) // 2 * 2 / 16))) ** 3) for step in range(1, 41)]
+    assert shares == pytest.approx(expected, abs=1e-3)
+    # One pool: the tensor of smaller weights loses more.
+    assert (params[0] == 0).float().mean() > 0.85 > 0.75 > (params[1] == 0).float().mean()
+
+
+def test_all_at_once_then_recovery():
+    params = [nn.Parameter(torch.arange(1.0, 101.0))]
+    shares = drive(MagnitudePruning(params, 0.3, 0.5, 0.5, 20), params, torch.optim.SGD(params, lr=1e-3), 10)
+    assert shares == [0.0] * 4 + [0.3] * 6
+    assert (params[0] == 0).nonzero().flatten().tolist() == list(range(30))
+
+
+def test_soft_threshold_is_the_proximal_step_of_l1():
+    start = torch.tensor([1.0, -1.0, 0.05, -0.05, 0.0])
+    param = nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([param], lr=0.5)
+    drive(SoftThreshold([param], 0.2), [param], optimizer, 1, gradient=0.0)
+    # The minimiser of (w - start)^2 / 2 + lr * 0.2 * |w|, on a grid.
+    grid = torch.linspace(-2, 2, 400_001, dtype=torch.float64)
+    objective = (grid - start[:, None].double()) ** 2 / 2 + 0.1 * grid.abs()
+    assert param.detach().numpy() == pytest.approx(grid[objective.argmin(1)].numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_wanda_removes_the_smallest_scores_of_each_output(make):
+    model = make()
+    name, module = next((n, m) for n, m in model.named_modules() if n.endswith(("mlp.c_fc", "mlp.up_proj")))
+    weight = module.weight.detach().clone()
+    inputs = weight.shape[0] if "c_fc" in name else weight.shape[1]
+    norms = torch.rand(inputs) + 0.1
+    prune_by_wanda({name: (module, module.weight)}, {name: norms}, 0.25)
+    for output in range(weight.numel() // inputs):
+        row, pruned = (w[:, output] if "c_fc" in name else w[output] for w in (weight, module.weight.detach()))
+        expected = {i for i, _ in sorted(enumerate((row.abs() * norms).tolist()), key=lambda s: s[1])[: inputs // 4]}
+        assert set((pruned == 0).nonzero().flatten().tolist()) == expected
+
+
+def test_pruning_nothing_changes_nothing():
+    param = torch.randn(10)
+    before = param.clone()
+    prune_by_magnitude([param], 0.0)
+    assert torch.equal(param, before)
+
+
+def test_pareto_front_and_interpolation():
+    points = [Point("m", s, [loss], [zeros]) for s, loss, zeros in
+              (("a", 1.0, 0.1), ("b", 1.2, 0.5), ("c", 1.3, 0.4), ("d", 1.1, 0.1), ("e", 2.0, 0.9))]  # fmt: skip
+    assert [p.setting for p in pareto_front(points)] == ["a", "b", "e"]
+    assert loss_at([points[0], points[4]], 0.5) == pytest.approx(1.5)
+    assert loss_at(points, 0.95) is None
+
+
+def plan(directory: Path, **changes) -> Path:
+    methods = {
+        "AdamW": [{"optim": "adamw_torch", "one_shot": [0.5]}],
+        "gradual": [{"optim": "adamw_torch", "prune_to": 0.4}, {"optim": "adamw_torch", "prune_to": 0.8}],
+        "PAdam": [{"p_norm": 0.5, "lambda_p": 0.05}],
+    }
+    file = directory / "plan.yaml"
+    contents = {"title": "Tiny", "recipe": "pretrain_char.py", "options": TINY, "seeds": [1, 2], "dense": "AdamW"}
+    file.write_text(yaml.safe_dump(contents | {"reference": "gradual", "methods": methods} | changes, sort_keys=False))
+    return file
+
+
+def test_compare_tables_every_method_and_takes_up_what_is_finished(tmp_path, text_file):
+    out = tmp_path / "out"
+    arguments = [plan(tmp_path), "--output_dir", out, "--jobs", "2", "--train_file", text_file]
+    result = run_recipe("compare.py", *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = list(csv.DictReader((out / "pareto.csv").open()))
+    assert [row["method"] for row in rows[::2]] == [
+        "AdamW", "AdamW, one-shot magnitude", "AdamW, one-shot wanda", "gradual", "gradual", "PAdam",
+    ]  # fmt: skip
+    padam = [float(row["loss"]) for row in rows if row["method"] == "PAdam"]
+    assert padam == [results_of(out / f"padam-0-seed{seed}")["validation_loss"] for seed in (1, 2)]
+    assert padam[0] != padam[1]
+    gradual = [float(row["sparsity"]) for row in rows if row["method"] == "gradual"]
+    assert gradual == pytest.approx([0.4, 0.4, 0.8, 0.8], abs=2e-3)
+    assert (out / "pareto.png").stat().st_size > 10_000 and "| PAdam |" in (out / "pareto.md").read_text()
+
+    # The second time, only the run that is missing is made.
+    times = {file: file.stat().st_mtime_ns for file in out.glob("*/results.json")}
+    (out / "gradual-1-seed2" / "results.json").unlink()
+    assert run_recipe("compare.py", *arguments).returncode == 0
+    changed = [f.parent.name for f in out.glob("*/results.json") if f.stat().st_mtime_ns != times[f]]
+    assert changed == ["gradual-1-seed2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "nothing.py"}, "there is no recipe 'nothing.py'"),
+        ({"dense": "Adam"}, "dense is 'Adam', which is not among the methods"),
+        ({"methods": {"AdamW": [], "gradual": 3}}, "must be a list of mappings"),
+        ({"colour": 1}, "must have the keys title, recipe"),
+    ],
+    ids=["recipe", "dense", "methods", "key"],
+)
+def test_compare_refuses_a_bad_plan(tmp_path, changes, message, monkeypatch, capsys):
+    arguments = [str(plan(tmp_path, **changes)), "--output_dir", str(tmp_path / "out")]
+    assert message in refusal(compare.main, arguments, monkeypatch, capsys)
+
+
+def test_compare_shows_why_a_run_failed(tmp_path, text_file):
+    changed = plan(tmp_path, methods={"AdamW": [{"optim": "sdg"}], "gradual": [{}]})
+    result = run_recipe("compare.py", changed, "--output_dir", tmp_path / "out", "--train_file", text_file)
+    assert result.returncode == 1 and "sdg" in result.stderr and "log.txt" in result.stderr, result.stderr[-2000:]
+
+
+def test_a_sweep_goes_on_after_it_was_killed(tmp_path, text_file):
+    file, out = tmp_path / "sweep.yaml", tmp_path / "out"
+    search = {"lambda_p": {"low": 1e-3, "high": 0.1, "log": True}, "p_norm": [0.5, 0.8]}
+    contents = {"title": "Tiny", "recipe": "pretrain_char.py", "options": TINY, "search": search, "seed": 0}
+    file.write_text(yaml.safe_dump(contents))
+    arguments = [file, "--output_dir", out, "--train_file", text_file, "--trials"]
+    command = [sys.executable, str(REPOSITORY / "recipes" / "sweep.py"), *map(str, arguments), "3"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (out / "trial-1").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+
+    result = run_recipe("sweep.py", *arguments, "3")
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = list(csv.DictReader((out / "pareto.csv").open()))
+    assert len(rows) == 3
+    losses = {round(float(row["loss"]), 9) for row in rows}
+    assert losses <= {round(results_of(f.parent)["validation_loss"], 9) for f in out.glob("*/results.json")}
+    assert all(math.isfinite(loss) for loss in losses)
+
+    file.write_text(yaml.safe_dump(contents | {"search": {"p_norm": [0.5]}}))
+    other = run_recipe("sweep.py", *arguments, "3")
+    assert other.returncode == 2 and "holds a study of" in other.stderr
