@@ -1,0 +1,276 @@
+"""Steer lambda_p during training so that a model arrives at a given share of zeros.
+
+For p < 2 a weight that no gradient holds moves at constant speed in ``q = |w|^(2 - p)``: a step takes
+``(2 - p) * lr * lambda_p`` off it, whatever the weight, until it is zero. So the weights that die within the next H
+steps are those with ``q < (2 - p) * H * lr * lambda_p``. Read backwards: the quantile of the magnitudes at the share
+of zeros planned for H steps ahead says which ``lambda_p`` will get there. Where gradients hold weights back, that
+quantile comes to lie at larger weights, and the decay grows until enough of them die. No other constant is needed: the
+learning rate, its schedule, p and the size of the weights all cancel out.
+
+The plan is the cubic ramp of gradual pruning (Zhu & Gupta, arXiv 1710.01878): fast while there are many superfluous
+weights, slow towards the end. What is missing at its end is made up for by zeroing the smallest weights. After it
+lambda_p only keeps zeros at zero, nothing more dies, and the survivors recover.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .sparsity import count_zeros, local_shard, sum_over_shards
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_START, DEFAULT_END = 0.0, 0.75
+HOLD = 2.0**-100
+"""``lr * lambda_p`` where nothing is to die: so little that it moves no weight, enough for zero to stay absorbing."""
+
+_HORIZON = 0.1
+"""Steps that the decay looks ahead, as a share of the ramp: shorter is closer to the plan, longer is gentler."""
+
+_UPDATES = 200
+"""How many times during the ramp the decay is computed anew, at most."""
+
+_SAMPLE = 2**18
+"""Elements of each tensor that quantiles are estimated from, at most."""
+
+STATE = {
+    "target_step": 0,  # steps taken
+    "target_decay": HOLD,  # lr * lambda_p
+    "target_initial": -1.0,  # share of zeros before the first step, in the pool; -1: not counted yet
+    "target_zeroed": 0,  # weights that were zeroed at the end of the ramp, in the pool
+    "target_threshold": 0.0,  # their magnitudes were below this
+}
+"""What is kept in the keys of the steered groups, and where it starts."""
+
+_SHIFT = 15
+"""Magnitudes are told apart by their exponent and the first 8 bits after it: all but this many bits of fp32."""
+
+
+class TargetSparsity:
+    """Attached to a PAdam, sets `lambda_p` before each step so that zeros arrive at a target share.
+
+    It registers itself with the optimizer's step hooks; nothing else has to be called:
+
+        optimizer = PAdam(get_param_groups(model), lr=1e-3)
+        TargetSparsity(optimizer, target=0.7, total_steps=len(loader) * epochs)
+
+    The groups whose `lambda_p` is positive are steered; their `lambda_p` becomes a result. All state is in keys of
+    these groups, so it is saved and restored with the optimizer's state, and a resumed run goes on exactly.
+
+    Args:
+        optimizer: A `PAdam`.
+        target: Share of exact zeros, in (0, 1), among the weights of the steered groups.
+        total_steps: Optimizer steps that the whole training takes.
+        start: Share of the steps at which the ramp begins.
+        end: Share of the steps at which it has arrived, and the survivors' recovery begins.
+        per_group: Every group arrives at the target by itself, rather than all of them together.
+
+    Raises:
+        ValueError: If an argument is out of range, or nothing can be steered.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        target: float,
+        total_steps: int,
+        *,
+        start: float = DEFAULT_START,
+        end: float = DEFAULT_END,
+        per_group: bool = False,
+    ) -> None:
+        """Check the arguments and attach; see the class."""
+        check_plan(target, start, end)
+        if total_steps < 1:
+            raise ValueError(f"total_steps={total_steps!r} is not allowed: it must be at least 1")
+        self.target, self.total_steps, self.per_group = target, total_steps, per_group
+        self.first = min(math.floor(start * total_steps), total_steps - 1)
+        self.last = max(self.first + 1, round(end * total_steps))  # the ramp arrives after this many steps
+        self.interval = max(1, (self.last - self.first) // _UPDATES)
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        steered = self._groups()
+        if not steered:
+            raise ValueError(
+                "target_sparsity has nothing to steer: no parameter group of the optimizer has a positive lambda_p. "
+                'It works with PAdam (optim="padam" or "padam_8bit")'
+            )
+        for group in steered:
+            check_steerable(group)
+            for name, value in STATE.items():
+                group.setdefault(name, value)
+        attached = vars(self.optimizer)
+        if "_target_sparsity" in attached:  # of an earlier training
+            attached["_target_sparsity"].detach()
+        attached["_target_sparsity"] = self
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before),
+            self.optimizer.register_step_post_hook(self._after),
+        ]
+
+    def detach(self) -> None:
+        """Leave the optimizer alone from now on."""
+        for handle in self._handles:
+            handle.remove()
+
+    def planned(self, step: int, initial: float = 0.0) -> float:
+        """Return the share of zeros planned after `step` steps, for a model that began with the share `initial`."""
+        x = min(1.0, max(0.0, (step - self.first) / (self.last - self.first)))
+        return initial + (self.target - initial) * (1 - (1 - x) ** 3)
+
+    def state(self) -> dict[str, float]:
+        """Return the present `lambda_p` (its mean over groups), and the share of zeros that is planned by now."""
+        groups = self._groups()
+        initial = [max(0.0, group["target_initial"]) for group in groups]
+        return {
+            "lambda_p": sum(float(group["lambda_p"]) for group in groups) / len(groups),
+            "planned_sparsity": self.planned(groups[0]["target_step"], sum(initial) / len(initial)),
+        }
+
+    def zeroed(self) -> tuple[int, float]:
+        """Return how many weights were zeroed at the end of the ramp, and what all their magnitudes were below."""
+        pools = [pool[0] for pool in self._pools()]
+        return sum(g["target_zeroed"] for g in pools), max(g["target_threshold"] for g in pools)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [g for g in self.optimizer.param_groups if g["lambda_p"] > 0 or "target_step" in g]
+
+    def _pools(self) -> list[list[dict[str, Any]]]:
+        groups = self._groups()
+        return [[group] for group in groups] if self.per_group else [groups]
+
+    @torch.no_grad()
+    def _before(self, *_: Any) -> None:
+        for pool in self._pools():
+            step = pool[0]["target_step"]
+            if pool[0]["target_initial"] < 0:
+                self._begin(pool)
+            if self.first <= step < self.last:
+                if (step - self.first) % self.interval == 0:
+                    self._aim(pool, step)
+            else:
+                for group in pool:
+                    group["target_decay"] = HOLD
+            for group in pool:
+                lr = float(group["lr"])
+                group["lambda_p"] = group["target_decay"] / lr if lr > HOLD else 1.0
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        for pool in self._pools():
+            for group in pool:
+                group["target_step"] += 1
+            if pool[0]["target_step"] == self.last:
+                self._zero_the_rest(pool)
+
+    def _begin(self, pool: list[dict[str, Any]]) -> None:
+        """Note the share of zeros that the weights begin with."""
+        zeros, elements = _zeros(pool)
+        initial = zeros / elements
+        if initial > self.target:
+            raise ValueError(
+                f"target_sparsity={self.target} is less than the share of zeros that the weights begin with, "
+                f"{initial:.4f}, and zeros do not come back: ask for more"
+            )
+        for group in pool:
+            group["target_initial"] = initial
+
+    def _aim(self, pool: list[dict[str, Any]], step: int) -> None:
+        """Choose the decay under which the share planned for the horizon would be dead by then."""
+        zeros, elements = _zeros(pool)
+        horizon = max(self.interval, min(math.ceil(_HORIZON * (self.last - self.first)), self.last - step))
+        ahead = self.planned(step + horizon, pool[0]["target_initial"])
+        if zeros >= ahead * elements:
+            for group in pool:
+                group["target_decay"] = HOLD
+            return
+        magnitude = _quantile(_histogram(_params(pool), sample=_SAMPLE), ahead)
+        for group in pool:
+            exponent = 2 - group["p_norm"]
+            group["target_decay"] = max(HOLD, magnitude**exponent / (exponent * horizon))
+
+    def _zero_the_rest(self, pool: list[dict[str, Any]]) -> None:
+        """Zero the smallest weights until the target is met: what the decay did not get to."""
+        zeros, elements = _zeros(pool)
+        threshold = 0.0
+        if zeros < self.target * elements:
+            threshold = _quantile(_histogram(_params(pool)), self.target)
+            for param in _params(pool):
+                local = local_shard(param)[0]
+                local.masked_fill_(local.abs() < threshold, 0.0)
+        number = _zeros(pool)[0] - zeros
+        for group in pool:
+            group["target_zeroed"], group["target_threshold"] = number, threshold
+        logger.info(
+            "Target sparsity: %d weights smaller than %.3g were zeroed at step %d.", number, threshold, self.last
+        )
+
+
+def check_steerable(group: dict[str, Any]) -> None:
+    """Check that zeros can be made in a parameter group, and that they stay.
+
+    Raises:
+        ValueError: If not.
+    """
+    if group["p_norm"] >= 2:
+        raise ValueError(f"p_norm={group['p_norm']} makes no zeros, so no target_sparsity can be reached: take p < 2")
+
+
+def check_plan(target: float, start: float, end: float) -> None:
+    """Check the numbers of a plan.
+
+    Raises:
+        ValueError: Naming the one that is out of range.
+    """
+    if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < 1:
+        raise ValueError(
+            f"target_sparsity={target!r} is not allowed: it must be a share of zeros, above 0 and below 1"
+        )
+    if not 0 <= start < end <= 1:
+        raise ValueError(
+            f"target_start={start!r} and target_end={end!r} are not allowed: they are shares of the training steps, "
+            "0 <= start < end <= 1"
+        )
+
+
+def _params(pool: list[dict[str, Any]]) -> list[Tensor]:
+    return [param for group in pool for param in group["params"]]
+
+
+def _zeros(pool: list[dict[str, Any]]) -> tuple[int, int]:
+    """Count the zeros and the elements of all parameters, over all shards."""
+    counts = count_zeros({str(i): param for i, param in enumerate(_params(pool))})
+    return sum(c.zeros for c in counts), sum(c.elements for c in counts)
+
+
+def _histogram(params: Iterable[Tensor], sample: int | None = None) -> Tensor:
+    """Count magnitudes by their leading bits, fp64 of shape (2^(31 - _SHIFT),), over all shards.
+
+    Args:
+        params: Any shapes.
+        sample: Look at this many elements of each shard at most, evenly spaced, and scale the counts up.
+    """
+    total = None
+    for param in params:
+        local, sharding = local_shard(param)
+        flat = local.reshape(-1)
+        stride = max(1, flat.numel() // sample) if sample else 1
+        bits = flat[::stride].abs().to(torch.float32).view(torch.int32) >> _SHIFT
+        counts = torch.bincount(bits, minlength=2 ** (31 - _SHIFT)).double() * (flat.numel() / max(1, bits.numel()))
+        counts = sum_over_shards(counts, sharding).cpu()
+        total = counts if total is None else total + counts
+    assert total is not None
+    return total
+
+
+def _quantile(histogram: Tensor, share: float) -> float:
+    """Return a magnitude that about this share of the elements is below, at most a bin too small."""
+    below = histogram.cumsum(0)
+    index = int(torch.searchsorted(below, share * float(below[-1])))
+    return torch.tensor(index << _SHIFT, dtype=torch.int32).view(torch.float32).item()

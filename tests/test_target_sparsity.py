@@ -1,0 +1,222 @@
+"""Asking for a share of zeros: the plan, what arrives, and that it goes on exactly after an interruption."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_padam import PAdam
+from hf_padam.target_sparsity import HOLD, TargetSparsity, _histogram, _quantile
+
+STEPS = 120
+
+
+def problem(seed: int = 0) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A regression in which few weights are needed: noisy gradients on the others."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 20))
+    x = torch.randn(4096, 40)
+    y = torch.tanh(x[:, :6] @ torch.randn(6, 20)) + 0.1 * torch.randn(4096, 20)
+    return model, x, y
+
+
+def groups_of(model: nn.Module, p_norm: float) -> list[dict]:
+    weights = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": weights, "p_norm": p_norm, "lambda_p": 1.0}, {"params": others, "lambda_p": 0.0}]
+
+
+def train(model, optimizer, scheduler, x, y, steps: range, batch: int = 32, after=None) -> None:
+    for step in steps:
+        rows = torch.randint(len(x), (batch,), generator=torch.Generator().manual_seed(step))
+        nn.functional.mse_loss(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if after:
+            after(step + 1)
+
+
+def share(params) -> float:
+    params = list(params)
+    return sum(int((p == 0).sum()) for p in params) / sum(p.numel() for p in params)
+
+
+def weights_of(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.ndim == 2]
+
+
+def schedule(name: str, optimizer, steps: int):
+    shapes = {
+        "constant": lambda step: 1.0,
+        "warm-up and linear": lambda step: min(step / (0.1 * steps), max(0.0, 1 - step / steps)),
+        "restarts": lambda step: 1.0 - (step % (steps // 3)) / (steps / 3),
+    }
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, shapes[name])
+
+
+@pytest.mark.parametrize(
+    ("p_norm", "target", "lr", "shape", "steps", "batch"),
+    [
+        (0.8, 0.7, 3e-3, "warm-up and linear", STEPS, 32),
+        (0.5, 0.7, 3e-3, "warm-up and linear", STEPS, 32),
+        (1.0, 0.7, 3e-3, "warm-up and linear", STEPS, 32),
+        (0.8, 0.5, 3e-3, "constant", STEPS, 32),
+        (0.8, 0.95, 3e-3, "restarts", STEPS, 32),
+        (0.8, 0.7, 3e-2, "constant", STEPS, 32),
+        (0.8, 0.7, 3e-4, "constant", STEPS, 8),
+        (0.5, 0.9, 3e-3, "warm-up and linear", 900, 32),
+        (0.5, 0.9, 3e-3, "warm-up and linear", 20, 128),
+    ],
+    ids=str,
+)
+def test_the_target_is_met_whatever_else_is_set(p_norm, target, lr, shape, steps, batch):
+    model, x, y = problem()
+    optimizer = PAdam(groups_of(model, p_norm), lr=lr)
+    steering = TargetSparsity(optimizer, target, steps)
+    path, sets = [], []
+
+    def observe(step: int) -> None:
+        path.append(share(weights_of(model)))
+        sets.append([w == 0 for w in weights_of(model)])
+
+    train(model, optimizer, schedule(shape, optimizer, steps), x, y, range(steps), batch, observe)
+    assert path[-1] == pytest.approx(target, abs=0.01)
+    assert max(path) <= target + 0.01  # never an overshoot
+    assert all(bool((now[i] >= before[i]).all()) for before, now in zip(sets, sets[1:], strict=False) for i in (0, 1))
+    recovery = path[steering.last - 1 :]
+    assert len(recovery) == steps - steering.last + 1 and set(recovery) == {path[-1]}  # nothing dies in it
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_for_small_p_the_path_is_the_planned_one():
+    model, x, y = problem()
+    optimizer = PAdam(groups_of(model, 0.5), lr=3e-3)
+    steering = TargetSparsity(optimizer, 0.8, 400)
+    errors = []
+    train(model, optimizer, schedule("constant", optimizer, 400), x, y, range(400),
+          after=lambda step: errors.append(abs(share(weights_of(model)) - steering.planned(step))))  # fmt: skip
+    assert max(errors[80:]) < 0.05
+    # Little is left for the end.
+    count, threshold = steering.zeroed()
+    assert count < 0.01 * sum(w.numel() for w in weights_of(model)) and threshold < 1e-2
+
+
+def test_the_plan_is_cubic_between_its_ends():
+    model, _, _ = problem()
+    steering = TargetSparsity(PAdam(groups_of(model, 0.5)), 0.8, 100, start=0.1, end=0.6)
+    assert [steering.planned(s) for s in (0, 10, 60, 100)] == [0.0, 0.0, 0.8, 0.8]
+    assert steering.planned(35) == pytest.approx(0.8 * (1 - 0.5**3))
+    assert steering.planned(35, initial=0.4) == pytest.approx(0.4 + 0.4 * (1 - 0.5**3))
+
+
+@pytest.mark.parametrize("stop", [1, 33, 90, 100])
+def test_a_resumed_run_goes_on_exactly(stop):
+    def build(model):
+        optimizer = PAdam(groups_of(model, 0.5), lr=3e-3)
+        TargetSparsity(optimizer, 0.7, STEPS)
+        return optimizer, schedule("warm-up and linear", optimizer, STEPS)
+
+    model, x, y = problem()
+    start = copy.deepcopy(model.state_dict())
+    optimizer, scheduler = build(model)
+    train(model, optimizer, scheduler, x, y, range(STEPS))
+
+    first, _, _ = problem()
+    first.load_state_dict(start)
+    optimizer, scheduler = build(first)
+    train(first, optimizer, scheduler, x, y, range(stop))
+    saved = copy.deepcopy((first.state_dict(), optimizer.state_dict(), scheduler.state_dict()))
+
+    second, _, _ = problem(seed=5)
+    second.load_state_dict(saved[0])
+    optimizer, scheduler = build(second)
+    optimizer.load_state_dict(saved[1])
+    scheduler.load_state_dict(saved[2])
+    train(second, optimizer, scheduler, x, y, range(stop, STEPS))
+    for a, b in zip(model.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_each_group_alone_or_all_together():
+    for per_group in (False, True):
+        model, x, y = problem()
+        with torch.no_grad():
+            model[2].weight.mul_(10)
+        groups = [{"params": [w], "p_norm": 0.5, "lambda_p": 1.0} for w in weights_of(model)]
+        optimizer = PAdam(groups, lr=3e-3)
+        TargetSparsity(optimizer, 0.6, STEPS, per_group=per_group)
+        train(model, optimizer, schedule("constant", optimizer, STEPS), x, y, range(STEPS))
+        shares = [share([w]) for w in weights_of(model)]
+        assert share(weights_of(model)) == pytest.approx(0.6, abs=0.01)
+        assert (max(abs(s - 0.6) for s in shares) < 0.01) is per_group, shares
+
+
+def test_zeros_that_are_there_count_and_stay():
+    model, x, y = problem()
+    with torch.no_grad():
+        for w in weights_of(model):
+            w[torch.rand_like(w) < 0.3] = 0.0
+    before = [w == 0 for w in weights_of(model)]
+    optimizer = PAdam(groups_of(model, 0.8), lr=3e-3)
+    steering = TargetSparsity(optimizer, 0.5, STEPS, start=0.3)
+    path = []
+    train(model, optimizer, schedule("constant", optimizer, STEPS), x, y, range(STEPS),
+          after=lambda step: path.append(share(weights_of(model))))  # fmt: skip
+    assert path[steering.first - 1] == path[0] == pytest.approx(0.3, abs=0.03)
+    assert path[-1] == pytest.approx(0.5, abs=0.01)
+    assert all(bool((w == 0)[mask].all()) for w, mask in zip(weights_of(model), before, strict=True))
+
+
+def test_holding_moves_no_weight_and_frees_no_zero():
+    weight = nn.Parameter(torch.tensor([0.0, 1e-10, 0.1, -3.0]))
+    plain = nn.Parameter(weight.detach().clone())
+    held, free = PAdam([weight], lr=0.1, p_norm=0.5, lambda_p=HOLD / 0.1), PAdam([plain], lr=0.1, lambda_p=0.0)
+    for param, optimizer in ((weight, held), (plain, free)):
+        param.grad = torch.tensor([1.0, 0.0, 0.5, -0.2])
+        optimizer.step()
+    assert weight[0] == 0 != plain[0]
+    assert torch.equal(weight[1:], plain[1:])
+
+
+def test_quantiles_are_right_to_a_bin():
+    torch.manual_seed(0)
+    params = [torch.randn(1000, 50), 0.01 * torch.randn(50_000), torch.zeros(10_000)]
+    magnitudes = torch.cat([p.flatten() for p in params]).abs()
+    for q in (0.05, 0.1, 0.5, 0.9, 0.99):
+        exact = magnitudes.kthvalue(round(q * len(magnitudes))).values.item()
+        assert _quantile(_histogram(params), q) == pytest.approx(exact, rel=0.005)
+        assert _quantile(_histogram(params, sample=10_000), q) == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": 1.0}, "target_sparsity=1.0 is not allowed"),
+        ({"target": True}, "target_sparsity=True is not allowed"),
+        ({"target": 0.5, "start": 0.8, "end": 0.2}, "0 <= start < end <= 1"),
+        ({"target": 0.5, "total_steps": 0}, "total_steps=0 is not allowed"),
+        ({"target": 0.5, "p_norm": 2.0}, "p_norm=2.0 makes no zeros"),
+        ({"target": 0.5, "lambda_p": 0.0}, "nothing to steer"),
+    ],
+    ids=str,
+)
+def test_impossible_plans_are_refused(options, message):
+    options = dict(options)
+    hyperparameters = {key: options.pop(key) for key in ("p_norm", "lambda_p") if key in options}
+    optimizer = PAdam([torch.randn(4, 4, requires_grad=True)], **hyperparameters)
+    with pytest.raises(ValueError, match=message):
+        TargetSparsity(optimizer, options.pop("target"), options.pop("total_steps", 10), **options)
+
+
+def test_a_target_below_what_is_there_is_refused_at_the_first_step():
+    weight = nn.Parameter(torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    optimizer = PAdam([weight], p_norm=0.5)
+    TargetSparsity(optimizer, 0.5, 10)
+    weight.grad = torch.ones(4)
+    with pytest.raises(ValueError, match="zeros do not come back"):
+        optimizer.step()
+    assert weight.tolist() == [0.0, 0.0, 0.0, 1.0]
