@@ -128,12 +128,12 @@ class PAdam(Optimizer):
                     "view complex parameters as real ones with torch.view_as_real, leave others out"
                 )
             backends.check(self.backend, param.device)
-            if absorbing and param.requires_grad and _starts_at_zero(param):
-                raise ValueError(
-                    f"parameter {name}, of shape {tuple(param.shape)}, is all zeros. Under a p-norm decay with "
-                    "p < 2 zero is absorbing, so it would never train (biases, LoRA's B matrices and zero-initialised "
-                    "heads start like this). Put it in a parameter group with lambda_p=0, as "
-                    "hf_padam.get_param_groups(model) does for biases and norms, or give it a non-zero start."
+            if absorbing and param.requires_grad:
+                check_not_all_zeros(
+                    name,
+                    param,
+                    "Put it in a parameter group with lambda_p=0, as hf_padam.get_param_groups(model) does for biases "
+                    "and norms",
                 )
 
     @torch.no_grad()
@@ -268,6 +268,25 @@ def _starts_at_zero(param: Tensor) -> bool:
         return False
     (count,) = count_zeros({"": param})
     return 0 < count.elements == count.zeros
+
+
+def check_not_all_zeros(name: str, param: Tensor, cure: str) -> None:
+    """Refuse a tensor that p-norm decay with p < 2 would hold at zero.
+
+    Args:
+        name: Of the parameter, for the message.
+        param: The parameter, before training.
+        cure: What the message advises, but for a non-zero start.
+
+    Raises:
+        ValueError: If every element, over all shards, is zero.
+    """
+    if _starts_at_zero(param):
+        raise ValueError(
+            f"parameter {name}, of shape {tuple(param.shape)}, is all zeros. Under a p-norm decay with p < 2 zero is "
+            "absorbing, so it would never train (biases, LoRA's B matrices and zero-initialised heads start like "
+            f"this). {cure}, or give it a non-zero start."
+        )
 
 
 def check_hyperparameters(values: dict[str, Any]) -> None:
