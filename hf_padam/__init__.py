@@ -9,6 +9,7 @@ from .eight_bit import PAdam8bit
 from .metrics import Perplexity, WeightSparsity, sequence_nll
 from .optimizer import PAdam
 from .param_groups import decayed_parameters, get_param_groups
+from .pnorm_decay import add_pnorm_decay
 from .trainer import PAdamTrainer, PAdamTrainingArguments
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "PAdamTrainingArguments",
     "Perplexity",
     "WeightSparsity",
+    "add_pnorm_decay",
     "decayed_parameters",
     "get_param_groups",
     "sequence_nll",
