@@ -113,7 +113,7 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
                 'gathers them. Use SHARDED_STATE_DICT (and resume with as many processes), or optim="padam"'
             )
     options: dict[str, Any] = {key: option.default for key, option in OPTIONS.items()}
-    typed = {key: getattr(args, key) for key in OPTIONS if hasattr(args, key)}
+    typed = {key: getattr(args, key) for key in OPTIONS if getattr(args, key, None) is not None}
     options.update(typed)
     for key, value in parse_optim_args(args.optim_args).items():
         if key in typed and typed[key] not in (value, OPTIONS[key].default):

@@ -20,6 +20,7 @@ from transformers.training_args import OptimizerNames
 from .backends import CHOICES
 from .gradients import check_gradient_norm
 from .metrics import Perplexity, WeightSparsity, sequence_nll
+from .other_optimizers import asks_for_decay, attach_decay, check_decay_options, check_deepspeed
 from .param_groups import decayed_parameters
 from .registration import NAME, OPTIMIZERS, OPTIONS, optimizer_options
 from .resumable import ResumableTrainer
@@ -31,10 +32,11 @@ logger = logging.getLogger(__name__)
 class PAdamTrainingArguments(TrainingArguments):
     """TrainingArguments with "padam" as the default optimizer and its options as typed fields.
 
-    The fields are the keys that a plain `TrainingArguments` takes in `optim_args`.
+    The fields are the keys that a plain `TrainingArguments` takes in `optim_args`. With another `optim`, giving
+    `lambda_p` makes `PAdamTrainer` add the same decay to that optimizer (see `add_pnorm_decay`).
 
     Raises:
-        ValueError: On an option out of range, before anything is loaded.
+        ValueError: On an option out of range or without effect, before anything is loaded.
     """
 
     optim: OptimizerNames | str = field(
@@ -56,9 +58,12 @@ class PAdamTrainingArguments(TrainingArguments):
             "help": "p of the norm whose decay is applied. Below 2 it makes zeros, below 1 the sparsest models."
         },
     )
-    lambda_p: float = field(
-        default=OPTIONS["lambda_p"].default,
-        metadata={"help": "Strength of the p-norm decay. More makes more zeros; 0 turns it off."},
+    lambda_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Strength of the p-norm decay. More makes more zeros; 0 turns it off. Adds the decay to any other "
+            f"optim too. Default: {OPTIONS['lambda_p'].default} with padam and padam_8bit, no decay with others."
+        },
     )
     decay_embeddings: bool = field(
         default=OPTIONS["decay_embeddings"].default,
@@ -96,6 +101,16 @@ class PAdamTrainingArguments(TrainingArguments):
             raise ValueError(f"nonfinite_gradients={self.nonfinite_gradients!r} is not allowed: it is stop or skip")
         if OptimizerNames(self.optim).value in OPTIMIZERS:
             optimizer_options(self)
+        else:
+            check_decay_options(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments for logs and reports, with the options of padam that are in force."""
+        values = super().to_dict()
+        if OptimizerNames(self.optim).value in OPTIMIZERS:
+            options = optimizer_options(self)
+            values.update({key: options[key] for key in OPTIONS})
+        return values
 
 
 class PAdamTrainer(ResumableTrainer):
@@ -115,16 +130,29 @@ class PAdamTrainer(ResumableTrainer):
         super().__init__(*args, **kwargs)
         self._nll: list[Tensor] = []
         self._tokens: list[Tensor] = []
+        if asks_for_decay(self.args) and self.is_deepspeed_enabled:
+            check_deepspeed(self.args.hf_deepspeed_config.config)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer; add a p-norm decay if the arguments ask for one and it is not PAdam."""
+        optimizer = super().create_optimizer(model)
+        if asks_for_decay(self.args):
+            model = self.model if model is None else model
+            assert model is not None
+            attach_decay(optimizer, model, self.args, self._decay_targets())
+        return optimizer
 
     def decayed_names(self) -> list[str]:
         """Return the names of the weights that the p-norm decay acts on, or would with `optim="padam"`."""
+        assert self.model is not None  # the Trainer has one from its constructor on
+        return list(decayed_parameters(self.model, **self._decay_targets()))
+
+    def _decay_targets(self) -> dict[str, Any]:
         if OptimizerNames(self.args.optim).value in OPTIMIZERS:
             decay_embeddings = optimizer_options(self.args)["decay_embeddings"]
         else:
             decay_embeddings = getattr(self.args, "decay_embeddings", False)
-        targets = self.args.optim_target_modules
-        assert self.model is not None  # the Trainer has one from its constructor on
-        return list(decayed_parameters(self.model, decay_embeddings=decay_embeddings, target_modules=targets))
+        return {"decay_embeddings": decay_embeddings, "target_modules": self.args.optim_target_modules}
 
     def sparsity(self) -> dict[str, float]:
         """Return the shares of exact zeros: `sparsity` of the decayed weights, `sparsity_total` of the model."""
