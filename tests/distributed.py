@@ -21,6 +21,7 @@ from hf_padam import (
     PAdam8bit,
     PAdamTrainer,
     PAdamTrainingArguments,
+    add_pnorm_decay,
     decayed_parameters,
     get_param_groups,
 )
@@ -164,6 +165,34 @@ def eight_bit(directory: str) -> dict:
     packed = [hasattr(state["exp_avg"].to_local(), "codes") for state in optimizer.state.values()]
     pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
     return {"packed": packed, "difference": max((p - q.full_tensor()).abs().max().item() for p, q in pairs)}
+
+
+def added_decay() -> dict:
+    """Train with SGD and the decay added to it, whole and sharded, with names for the weights that decay."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def train(shard: bool) -> torch.nn.Module:
+        torch.manual_seed(0)
+        model: torch.nn.Module = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.Linear(13, 3))
+        model = fully_shard(model, mesh=mesh) if shard else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+        decayed = [(name, param) for name, param in model.named_parameters() if name.endswith("weight")]
+        add_pnorm_decay(optimizer, p_norm=0.5, lambda_p=0.1, params=decayed)
+        for step in range(20):
+            x = torch.randn(32, 7, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    whole, sharded = train(shard=False), train(shard=True)
+    pairs = zip(whole.parameters(), sharded.parameters(), strict=True)
+    return {
+        "difference": max((p - q.full_tensor()).abs().max().item() for p, q in pairs),
+        "is_sharded": all(isinstance(p, DTensor) for p in sharded.parameters()),
+        "zeros": [sum(count.zeros for count in count_model_zeros(model)) for model in (whole, sharded)],
+    }
 
 
 def over_gloo(script: str, *arguments: str) -> None:
