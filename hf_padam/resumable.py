@@ -67,11 +67,16 @@ class ResumableTrainer(Trainer):
             SystemExit: After a SIGTERM, once a checkpoint is saved.
         """
         checkpoint = resolve_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
-        saved = _read_run_state(str(checkpoint)).get("settings", {}).get("processes") if checkpoint else None
-        if saved is not None:
-            check_world_size(str(checkpoint), saved, self.args.world_size, self.accelerator.distributed_type)
+        if checkpoint:
+            self._check_settings(str(checkpoint), _read_run_state(str(checkpoint)).get("settings", {}))
         with self._stop_signal:
             return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+
+    def _check_settings(self, checkpoint: str, saved: dict[str, Any]) -> None:
+        """Refuse a checkpoint of settings that this run cannot go on from; `saved` may lack any of `_settings`."""
+        if "processes" in saved:
+            distributed_type = self.accelerator.distributed_type
+            check_world_size(checkpoint, saved["processes"], self.args.world_size, distributed_type)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch, but not a step more if the checkpoint is of the last one."""

@@ -35,6 +35,20 @@ def check_world_size(checkpoint: str | Path, saved: int, given: int, distributed
         )
 
 
+def check_added_decay(checkpoint: str | Path, saved: bool, given: bool) -> None:
+    """Check that a p-norm decay is added to the optimizer if, and only if, it was in the run that saved a checkpoint.
+
+    Raises:
+        CheckpointError: If it is not: the parameter groups would differ, or the decay would be gone unnoticed.
+    """
+    if saved != given:
+        had, do = ("a", "give lambda_p too") if saved else ("no", "leave lambda_p out")
+        raise CheckpointError(
+            f"{checkpoint} was saved by a run with {had} p-norm decay added to its optimizer: {do}, or start a new "
+            "run with its weights as the model"
+        )
+
+
 def warn_of_other_settings(
     checkpoint: str | Path,
     loaded: Mapping[str, list[Any]],

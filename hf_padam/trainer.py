@@ -24,8 +24,12 @@ from .other_optimizers import asks_for_decay, attach_decay, check_decay_options,
 from .param_groups import decayed_parameters
 from .registration import NAME, OPTIMIZERS, OPTIONS, optimizer_options
 from .resumable import ResumableTrainer
+from .settings import check_added_decay
 
 logger = logging.getLogger(__name__)
+
+_ADDED_DECAY = "added_decay"
+"""Among the settings that a checkpoint keeps: whether a p-norm decay was added to an optimizer other than PAdam."""
 
 
 @dataclass
@@ -141,6 +145,14 @@ class PAdamTrainer(ResumableTrainer):
             assert model is not None
             attach_decay(optimizer, model, self.args, self._decay_targets())
         return optimizer
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {_ADDED_DECAY: asks_for_decay(self.args)}
+
+    def _check_settings(self, checkpoint: str, saved: dict[str, Any]) -> None:
+        super()._check_settings(checkpoint, saved)
+        if _ADDED_DECAY in saved:
+            check_added_decay(checkpoint, saved[_ADDED_DECAY], asks_for_decay(self.args))
 
     def decayed_names(self) -> list[str]:
         """Return the names of the weights that the p-norm decay acts on, or would with `optim="padam"`."""
