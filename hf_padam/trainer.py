@@ -135,7 +135,7 @@ class PAdamTrainer(ResumableTrainer):
         self._nll: list[Tensor] = []
         self._tokens: list[Tensor] = []
         if asks_for_decay(self.args) and self.is_deepspeed_enabled:
-            check_deepspeed(self.args.hf_deepspeed_config.config)
+            check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer; add a p-norm decay if the arguments ask for one and it is not PAdam."""

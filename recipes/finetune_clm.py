@@ -28,6 +28,7 @@ from support.timing import StepTimer
 from transformers import TrainerCallback, default_data_collator, set_seed
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
+from hf_padam.other_optimizers import asks_for_decay
 
 
 class TestBefore(TrainerCallback):
@@ -95,6 +96,7 @@ def main() -> None:
     one_shot = evaluate_one_shot(trainer, pruning_args.one_shot)
 
     # 4. What comes out: model and tokenizer first, the results last.
+    added = " and a p-norm decay" if asks_for_decay(args) else ""
     save_model(output_dir, trainer.save_model, args.should_save)
     block_size = len(next(iter(splits["train"]))["input_ids"])
     tokens = timer.steps * args.train_batch_size * args.gradient_accumulation_steps * block_size
@@ -102,7 +104,7 @@ def main() -> None:
         output_dir,
         trainer.accelerator.unwrap_model(trainer.model),
         decayed,
-        title=f"{model_args.model_name_or_path} fine-tuned with {args.optim.value}",
+        title=f"{model_args.model_name_or_path} fine-tuned with {args.optim.value}{added}",
         model_source=str(model_args.model_name_or_path),
         before=before,
         history=trainer.state.log_history,

@@ -171,6 +171,18 @@ def test_deepspeed_trains_like_one_process(tmp_path, config, one_process, stage,
     check_equal(tmp_path, one_process)
 
 
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_steps_an_optimizer_with_an_added_decay_as_one_process_does(tmp_path, config, stage):
+    recipe, optim = REPOSITORY / "recipes" / "finetune_clm.py", ["--optim", "adamw_torch"]
+    run_alone(config, tmp_path / "one", *optim)
+    command = [REPOSITORY / "tests" / "distributed.py", "over_gloo", recipe, config, "--ddp_backend", "gloo", *optim]
+    file = f"deepspeed_zero{stage}.yaml"
+    accelerate_launch(file, "--mixed_precision", "no", *command, "--output_dir", tmp_path / "two")
+    check_equal(tmp_path / "two", tmp_path / "one")
+
+
 def test_fsdp_without_a_gpu_is_refused_with_the_file_to_use(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("LOCAL_RANK", "0")
