@@ -32,8 +32,10 @@ from support.timing import StepTimer
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments, WeightSparsity, decayed_parameters
+from hf_padam.registration import OPTIMIZERS
 
-PRESETS = ("full", "cpu")
+PRESETS = {"full": {"p_norm": 0.8, "lambda_p": 0.003}, "cpu": {"p_norm": 0.8, "lambda_p": 0.005}}
+"""By name, what PAdam takes where neither its strength nor another optimizer is given; the rest is in configs/."""
 
 
 @dataclass
@@ -82,11 +84,15 @@ def with_preset(argv: list[str]) -> list[str]:
     """Put the preset's config file first, unless the command line begins with one of its own."""
     if argv and not argv[0].startswith("-"):
         return argv
-    name = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--preset"), PRESETS[0])
-    name = next((a.partition("=")[2] for a in argv if a.startswith("--preset=")), name)
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    given = {a.removeprefix("--"): b for a, b in zip(words, [*words[1:], ""], strict=True) if a.startswith("--")}
+    name = given.get("preset", "full")
     if name not in PRESETS:
         raise UsageError(f"--preset {name} is not one of {', '.join(PRESETS)}")
-    return [str(Path(__file__).parent / "configs" / f"pretrain_char_{name}.yaml"), *argv]
+    preset = [str(Path(__file__).parent / "configs" / f"pretrain_char_{name}.yaml")]
+    if given.get("optim", "padam") in OPTIMIZERS and not given.keys() & {"lambda_p", "target_sparsity", "optim_args"}:
+        preset += [f"--{key}={value}" for key, value in PRESETS[name].items()]
+    return [*preset, *argv]
 
 
 @reports_usage_errors
