@@ -10,6 +10,7 @@ from .metrics import Perplexity, WeightSparsity, sequence_nll
 from .optimizer import PAdam
 from .param_groups import decayed_parameters, get_param_groups
 from .pnorm_decay import add_pnorm_decay
+from .target_sparsity import TargetSparsity, TargetSparsityCallback
 from .trainer import PAdamTrainer, PAdamTrainingArguments
 
 __version__ = "0.1.0"
@@ -19,6 +20,8 @@ __all__ = [
     "PAdamTrainer",
     "PAdamTrainingArguments",
     "Perplexity",
+    "TargetSparsity",
+    "TargetSparsityCallback",
     "WeightSparsity",
     "add_pnorm_decay",
     "decayed_parameters",

@@ -31,6 +31,11 @@ def check_decay_options(args: Any) -> None:
         ValueError: If they are out of range, would have no effect, or do not go with the optimizer.
     """
     name = OptimizerNames(args.optim).value
+    if args.target_sparsity is not None:
+        raise ValueError(
+            f'target_sparsity={args.target_sparsity!r} does not go with optim={name!r}: take optim="padam", or give '
+            "lambda_p"
+        )
     for key in ("p_norm", "lambda_p"):
         if re.search(rf"\b{key}\s*=", args.optim_args or ""):
             raise ValueError(

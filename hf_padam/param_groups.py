@@ -23,6 +23,7 @@ def decayed_parameters(
     *,
     decay_embeddings: bool = False,
     target_modules: str | list[str] | None = None,
+    dense_modules: str | list[str] | None = None,
 ) -> dict[str, nn.Parameter]:
     """Return the trainable weights that the p-norm decay acts on, by name, each tensor once. There may be none.
 
@@ -32,17 +33,19 @@ def decayed_parameters(
         target_modules: Narrow the choice to modules of these names: "all-linear", a regular expression that matches
             whole module names, or a list of parts of names and regular expressions; the meaning that
             `TrainingArguments.optim_target_modules` has elsewhere. PEFT adapters are included only if named here.
+        dense_modules: Leave modules of these names out; said in the same way.
 
     Raises:
-        ValueError: If an entry of `target_modules` matches nothing, or is no regular expression; if FSDP1 has merged
-            parameters, so that a weight cannot be told from a bias.
+        ValueError: If an entry of `target_modules` or `dense_modules` matches nothing, or is no regular expression; if
+            FSDP1 has merged parameters, so that a weight cannot be told from a bias.
     """
     if any(name.rpartition(".")[2] == "_flat_param" for name, _ in model.named_parameters()):
         raise ValueError(
             "FSDP1 has merged weights and biases into flat parameters, so they cannot decay apart: set "
             "fsdp_use_orig_params: true (use_orig_params=True), or use FSDP2, fsdp_version: 2"
         )
-    targets = _Targets(model, target_modules)
+    targets = _Targets(model, target_modules, "optim_target_modules")
+    dense = _Targets(model, dense_modules, "dense_modules") if dense_modules is not None else None
     listed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     embeddings = set() if decay_embeddings else {id(p) for p in _embedding_weights(model)}
     adapters = set() if targets.names_adapters else {id(p) for p in _adapter_weights(model)}
@@ -54,6 +57,7 @@ def decayed_parameters(
         and id(param) not in embeddings
         and id(param) not in adapters
         and targets.include(name)
+        and not (dense and dense.include(name))
     }
 
 
@@ -65,6 +69,7 @@ def get_param_groups(
     weight_decay: float = 0.0,
     decay_embeddings: bool = False,
     target_modules: str | list[str] | None = None,
+    dense_modules: str | list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Return two groups of named parameters for `PAdam`: the decayed weights, and every other trainable parameter.
 
@@ -75,13 +80,16 @@ def get_param_groups(
         weight_decay: See `PAdam`; 0 in the second group.
         decay_embeddings: See `decayed_parameters`.
         target_modules: See `decayed_parameters`.
+        dense_modules: See `decayed_parameters`.
 
     Raises:
         ValueError: As `decayed_parameters` does, and if nothing is left to decay.
     """
-    decayed = decayed_parameters(model, decay_embeddings=decay_embeddings, target_modules=target_modules)
+    decayed = decayed_parameters(
+        model, decay_embeddings=decay_embeddings, target_modules=target_modules, dense_modules=dense_modules
+    )
     if not decayed:
-        raise ValueError(_nothing_left(model, target_modules))
+        raise ValueError(_nothing_left(model, target_modules, dense_modules))
     others = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in decayed]
     groups: list[dict[str, Any]] = [
         {"params": list(decayed.items()), "p_norm": p_norm, "lambda_p": lambda_p, "weight_decay": weight_decay}
@@ -92,9 +100,9 @@ def get_param_groups(
 
 
 class _Targets:
-    """`target_modules` resolved against a model."""
+    """Names of modules, as an option gives them, resolved against a model."""
 
-    def __init__(self, model: nn.Module, target_modules: str | list[str] | None) -> None:
+    def __init__(self, model: nn.Module, target_modules: str | list[str] | None, option: str) -> None:
         modules = dict(model.named_modules())
         self.all_linear = isinstance(target_modules, str) and target_modules.replace("_", "-") == "all-linear"
         self.names_adapters = False
@@ -111,10 +119,10 @@ class _Targets:
                     matcher = entry if isinstance(target_modules, str) else [entry]
                     matched = {name for name in modules if check_target_module_exists(matcher, name)}
                 except re.error as error:
-                    raise ValueError(f"optim_target_modules={entry!r} is not a regular expression: {error}") from None
+                    raise ValueError(f"{option}={entry!r} is not a regular expression: {error}") from None
                 if not matched:
                     raise ValueError(
-                        f"optim_target_modules={entry!r} matches no module of the model; its modules are named like "
+                        f"{option}={entry!r} matches no module of the model; its modules are named like "
                         f"{', '.join(_examples(modules))}. A list takes parts of names, a string one regular "
                         'expression for whole names (or "all-linear").'
                     )
@@ -159,12 +167,16 @@ def _adapter_weights(model: nn.Module) -> Iterator[Tensor]:
                 yield from held.parameters()
 
 
-def _nothing_left(model: nn.Module, target_modules: str | list[str] | None) -> str:
+def _nothing_left(
+    model: nn.Module, target_modules: str | list[str] | None, dense_modules: str | list[str] | None
+) -> str:
     """Explain why no weight is left to decay, and what to do."""
     trainable = [name for name, param in model.named_parameters() if param.requires_grad]
     if not trainable:
         return "the model has no trainable parameter: every requires_grad is False"
     message = f"no weight is left to decay among the {len(trainable)} trainable parameters ({trainable[0]}, ...): "
+    if dense_modules is not None:
+        return message + f"dense_modules={dense_modules!r} leaves out all others. Name fewer"
     if target_modules is not None:
         return message + (
             f"optim_target_modules={target_modules!r} matches only frozen weights, biases, norms, embeddings "

@@ -1,8 +1,9 @@
 """Register "padam" and "padam_8bit" with Transformers. The only file that touches Transformers' internals.
 
 `TrainingArguments` turns `optim` into a member of the enum `OptimizerNames`; the Trainer looks the member up in a
-table of handlers. Registration adds a member and a row for each. Nothing else of Transformers changes, except that a
-malformed `optim_args` string now gets an error that says what is wrong with it.
+table of handlers. Registration adds a member and a row for each. Nothing else of Transformers changes, except that
+every Trainer gets a callback that acts only on a PAdam that was asked for a target sparsity, and that a malformed
+`optim_args` string now gets an error that says what is wrong with it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import transformers
@@ -23,6 +24,7 @@ from .backends import CHOICES
 from .eight_bit import PAdam8bit, check_installed
 from .optimizer import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, PAdam, check_hyperparameters
 from .param_groups import get_param_groups
+from .target_sparsity import DEFAULT_END, DEFAULT_START, SCOPES, CallbackFromGroups, check_plan, check_steerable
 
 NAME = "padam"
 OPTIMIZERS: dict[str, type[PAdam]] = {NAME: PAdam, "padam_8bit": PAdam8bit}
@@ -37,10 +39,13 @@ def _boolean(text: str) -> bool:
     return text.lower() in _TRUE
 
 
-def _backend(text: str) -> str:
-    if text not in CHOICES:
-        raise ValueError(f"must be one of {', '.join(CHOICES)}")
-    return text
+def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return text
+
+    return parse
 
 
 def _number(text: str) -> float:
@@ -63,7 +68,14 @@ OPTIONS = {
     "lambda_p": Option(_number, DEFAULT_LAMBDA_P, "a number of at least 0, the strength of the p-norm decay"),
     "decay_embeddings": Option(_boolean, False, "true or false, whether embeddings and output head decay too"),
     "bf16_stochastic_round": Option(_boolean, False, "true or false, how weights stored in bf16 are rounded"),
-    "backend": Option(_backend, "auto", "one of " + ", ".join(CHOICES)),
+    "dense_modules": Option(str, None, "a regular expression, the names of modules that do not decay"),
+    "target_sparsity": Option(
+        _number, None, "a share of zeros, above 0 and below 1, to arrive at; in place of lambda_p"
+    ),
+    "target_start": Option(_number, DEFAULT_START, "the share of the steps after which zeros are made"),
+    "target_end": Option(_number, DEFAULT_END, "the share of the steps after which the target is met"),
+    "target_scope": Option(_one_of(SCOPES), SCOPES[0], "global or layer, what the target is a share of"),
+    "backend": Option(_one_of(CHOICES), "auto", "one of " + ", ".join(CHOICES)),
 }
 """The keys of `optim_args`. `PAdamTrainingArguments` has fields of the same names."""
 
@@ -115,7 +127,9 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
     options: dict[str, Any] = {key: option.default for key, option in OPTIONS.items()}
     typed = {key: getattr(args, key) for key in OPTIONS if getattr(args, key, None) is not None}
     options.update(typed)
-    for key, value in parse_optim_args(args.optim_args).items():
+    in_text = parse_optim_args(args.optim_args)
+    lambda_given = "lambda_p" in typed or "lambda_p" in in_text
+    for key, value in in_text.items():
         if key in typed and typed[key] not in (value, OPTIONS[key].default):
             raise ValueError(f"{key} is given twice: {typed[key]!r}, and {value!r} in optim_args. Drop one of them")
         options[key] = value
@@ -129,6 +143,21 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
         target_modules=args.optim_target_modules,
     )
     check_hyperparameters(options)
+    if options["target_sparsity"] is not None:
+        check_plan(options["target_sparsity"], options["target_start"], options["target_end"])
+        check_steerable(options)
+        if lambda_given:
+            raise ValueError(
+                f"target_sparsity={options['target_sparsity']!r} and lambda_p={options['lambda_p']!r} exclude each "
+                "other: the first finds the second. Drop one of them"
+            )
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or args.deepspeed:
+            raise ValueError(
+                "target_sparsity does not work under DeepSpeed, which hands the optimizer pieces of weights joined "
+                "together: use FSDP2 (recipes/accelerate/fsdp2.yaml), or give lambda_p"
+            )
+    elif options["target_scope"] not in SCOPES:
+        raise ValueError(f"target_scope={options['target_scope']!r} is not one of {', '.join(SCOPES)}")
     return options
 
 
@@ -142,6 +171,10 @@ def build_optimizer(
     bf16_stochastic_round: bool = False,
     rounding_seed: int = 0,
     backend: str = "auto",
+    target_sparsity: float | None = None,
+    target_start: float = DEFAULT_START,
+    target_end: float = DEFAULT_END,
+    target_scope: str = SCOPES[0],
     **group_options: Any,
 ) -> PAdam:
     """Build PAdam over a model's trainable parameters, decaying those that `param_groups` chooses.
@@ -155,12 +188,21 @@ def build_optimizer(
         bf16_stochastic_round: See `PAdam`.
         rounding_seed: See `PAdam`.
         backend: See `PAdam`.
+        target_sparsity: If given, kept in the decayed groups for the callback that steers them, with what follows.
+        target_start: See `TargetSparsity`.
+        target_end: See `TargetSparsity`.
+        target_scope: "layer" makes a group of each decayed tensor.
         group_options: See `get_param_groups`.
 
     Raises:
         ValueError: As `PAdam` and `get_param_groups` do.
     """
     groups = get_param_groups(model, **group_options)
+    if target_sparsity is not None:
+        plan = dict(target_sparsity=target_sparsity, target_start=target_start, target_end=target_end)
+        decayed = groups[0] | plan | {"target_scope": target_scope}
+        parts = [[pair] for pair in decayed["params"]] if target_scope == "layer" else [decayed["params"]]
+        groups[:1] = [decayed | {"params": part} for part in parts]
     options: dict[str, Any] = dict(bf16_stochastic_round=bf16_stochastic_round, rounding_seed=rounding_seed)
     return optimizer_class(groups, lr=lr, betas=betas, eps=eps, backend=backend, **options)
 
@@ -203,6 +245,8 @@ def register() -> None:
         elif trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)].__module__ != __name__:
             raise ImportError(f"transformers {version} or another package already has an optimizer named {name!r}.")
         trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)] = _handler
+    if CallbackFromGroups not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(CallbackFromGroups)  # type: ignore[arg-type]
     trainer._parse_optim_args = _explain_malformed(trainer._parse_optim_args)  # type: ignore[assignment]
 
 

@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .sparsity import count_zeros, local_shard, sum_over_shards
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_START, DEFAULT_END = 0.0, 0.75
+SCOPES = ("global", "layer")
 HOLD = 2.0**-100
 """``lr * lambda_p`` where nothing is to die: so little that it moves no weight, enough for zero to stay absorbing."""
 
@@ -48,6 +50,9 @@ STATE = {
     "target_threshold": 0.0,  # their magnitudes were below this
 }
 """What is kept in the keys of the steered groups, and where it starts."""
+
+_ATTRIBUTE = "_target_sparsity"
+"""Of an optimizer that is steered: what steers it."""
 
 _SHIFT = 15
 """Magnitudes are told apart by their exponent and the first 8 bits after it: all but this many bits of fp32."""
@@ -105,10 +110,13 @@ class TargetSparsity:
             check_steerable(group)
             for name, value in STATE.items():
                 group.setdefault(name, value)
-        attached = vars(self.optimizer)
-        if "_target_sparsity" in attached:  # of an earlier training
-            attached["_target_sparsity"].detach()
-        attached["_target_sparsity"] = self
+        for pool in self._pools():
+            if pool[0]["target_step"] == 0:
+                self._initial(pool)  # so that a target out of reach is refused now; weights may yet be loaded
+        earlier = steering_of(self.optimizer)
+        if earlier is not None:
+            earlier.detach()
+        setattr(self.optimizer, _ATTRIBUTE, self)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),
@@ -150,7 +158,9 @@ class TargetSparsity:
         for pool in self._pools():
             step = pool[0]["target_step"]
             if pool[0]["target_initial"] < 0:
-                self._begin(pool)
+                initial = self._initial(pool)
+                for group in pool:
+                    group["target_initial"] = initial
             if self.first <= step < self.last:
                 if (step - self.first) % self.interval == 0:
                     self._aim(pool, step)
@@ -169,17 +179,16 @@ class TargetSparsity:
             if pool[0]["target_step"] == self.last:
                 self._zero_the_rest(pool)
 
-    def _begin(self, pool: list[dict[str, Any]]) -> None:
-        """Note the share of zeros that the weights begin with."""
+    def _initial(self, pool: list[dict[str, Any]]) -> float:
+        """Return the share of zeros that the weights begin with."""
         zeros, elements = _zeros(pool)
         initial = zeros / elements
         if initial > self.target:
             raise ValueError(
-                f"target_sparsity={self.target} is less than the share of zeros that the weights begin with, "
+                f"target_sparsity={self.target!r} is less than the share of zeros that the weights begin with, "
                 f"{initial:.4f}, and zeros do not come back: ask for more"
             )
-        for group in pool:
-            group["target_initial"] = initial
+        return initial
 
     def _aim(self, pool: list[dict[str, Any]], step: int) -> None:
         """Choose the decay under which the share planned for the horizon would be dead by then."""
@@ -210,6 +219,68 @@ class TargetSparsity:
         logger.info(
             "Target sparsity: %d weights smaller than %.3g were zeroed at step %d.", number, threshold, self.last
         )
+
+
+def steering_of(optimizer: Any) -> TargetSparsity | None:
+    """Return what steers an optimizer, or the one that accelerate has wrapped."""
+    return getattr(getattr(optimizer, "optimizer", optimizer), _ATTRIBUTE, None)
+
+
+class TargetSparsityCallback(TrainerCallback):
+    """Steer a Trainer's PAdam to a share of zeros; see `TargetSparsity`.
+
+    Not needed where the training arguments ask for it (``target_sparsity``, also in `optim_args`). `lambda_p` and the
+    share planned so far (`planned_sparsity`) are added to the training logs.
+
+    Args:
+        target: Share of exact zeros among the decayed weights, in (0, 1).
+        start: See `TargetSparsity`.
+        end: See `TargetSparsity`.
+        per_group: See `TargetSparsity`.
+    """
+
+    def __init__(
+        self, target: float, start: float = DEFAULT_START, end: float = DEFAULT_END, per_group: bool = False
+    ) -> None:
+        check_plan(target, start, end)
+        self._plan: dict[str, Any] = {"target": target, "start": start, "end": end, "per_group": per_group}
+        self._steering: TargetSparsity | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the optimizer, now that the number of steps is known."""
+        self._steering = TargetSparsity(kwargs["optimizer"], total_steps=state.max_steps, **self._plan)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add to the training logs, for what logs them after this and for the history."""
+        if self._steering is not None and "loss" in kwargs["logs"]:
+            additions = self._steering.state()
+            kwargs["logs"].update(additions)
+            state.log_history[-1].update(additions)
+
+
+class CallbackFromGroups(TargetSparsityCallback):
+    """The callback as every Trainer has it: it acts if the optimizer's groups hold a `target_sparsity`."""
+
+    def __init__(self) -> None:
+        self._steering = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach if the groups say so."""
+        groups = getattr(kwargs.get("optimizer"), "param_groups", [])
+        plans = [group for group in groups if group.get("target_sparsity") is not None]
+        self._steering = None
+        if plans:
+            self._plan = {
+                "target": plans[0]["target_sparsity"],
+                "start": plans[0]["target_start"],
+                "end": plans[0]["target_end"],
+                "per_group": plans[0]["target_scope"] == "layer",
+            }
+            super().on_train_begin(args, state, control, **kwargs)
 
 
 def check_steerable(group: dict[str, Any]) -> None:

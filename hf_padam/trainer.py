@@ -25,6 +25,7 @@ from .param_groups import decayed_parameters
 from .registration import NAME, OPTIMIZERS, OPTIONS, optimizer_options
 from .resumable import ResumableTrainer
 from .settings import check_added_decay
+from .target_sparsity import SCOPES
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,29 @@ class PAdamTrainingArguments(TrainingArguments):
         default=OPTIONS["decay_embeddings"].default,
         metadata={"help": "Decay embeddings and the output head too, which are left out otherwise."},
     )
+    dense_modules: None | str | list[str] = field(
+        default=None,
+        metadata={"help": "Leave these modules out of the decay: a regular expression, or a JSON list."},
+    )
+    target_sparsity: float | None = field(
+        default=None,
+        metadata={"help": "Share of the decayed weights that is to be zero in the end. Finds lambda_p in its place."},
+    )
+    target_start: float = field(
+        default=OPTIONS["target_start"].default,
+        metadata={"help": "Share of the steps after which target_sparsity begins to make zeros."},
+    )
+    target_end: float = field(
+        default=OPTIONS["target_end"].default,
+        metadata={"help": "Share of the steps after which it has made all; what survives recovers in the rest."},
+    )
+    target_scope: str = field(
+        default=OPTIONS["target_scope"].default,
+        metadata={
+            "help": "What target_sparsity is a share of: all decayed weights together, or each tensor by itself.",
+            "choices": list(SCOPES),
+        },
+    )
     bf16_stochastic_round: bool = field(
         default=OPTIONS["bf16_stochastic_round"].default,
         metadata={"help": "For models whose weights are bf16: round them up or down at random, exact in the mean."},
@@ -95,12 +119,13 @@ class PAdamTrainingArguments(TrainingArguments):
         best = self.metric_for_best_model
         if best is not None and best.endswith("perplexity"):
             self.greater_is_better = False
-        targets = self.optim_target_modules
-        if isinstance(targets, str) and targets.startswith("["):  # a list, from a command line
-            try:
-                self.optim_target_modules = json.loads(targets)
-            except ValueError as error:
-                raise ValueError(f"optim_target_modules={targets!r} is not a list in JSON: {error}") from error
+        for name in ("optim_target_modules", "dense_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("["):  # a list, from a command line
+                try:
+                    setattr(self, name, json.loads(value))
+                except ValueError as error:
+                    raise ValueError(f"{name}={value!r} is not a list in JSON: {error}") from error
         if self.nonfinite_gradients not in ("stop", "skip"):
             raise ValueError(f"nonfinite_gradients={self.nonfinite_gradients!r} is not allowed: it is stop or skip")
         if OptimizerNames(self.optim).value in OPTIMIZERS:
@@ -161,10 +186,11 @@ class PAdamTrainer(ResumableTrainer):
 
     def _decay_targets(self) -> dict[str, Any]:
         if OptimizerNames(self.args.optim).value in OPTIMIZERS:
-            decay_embeddings = optimizer_options(self.args)["decay_embeddings"]
+            options = optimizer_options(self.args)
         else:
-            decay_embeddings = getattr(self.args, "decay_embeddings", False)
-        return {"decay_embeddings": decay_embeddings, "target_modules": self.args.optim_target_modules}
+            options = {key: getattr(self.args, key, OPTIONS[key].default) for key in OPTIONS}
+        targets = {key: options[key] for key in ("decay_embeddings", "dense_modules")}
+        return targets | {"target_modules": self.args.optim_target_modules}
 
     def sparsity(self) -> dict[str, float]:
         """Return the shares of exact zeros: `sparsity` of the decayed weights, `sparsity_total` of the model."""

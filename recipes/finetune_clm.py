@@ -114,6 +114,7 @@ def main() -> None:
         test_perplexity=test["test_perplexity"],
         test_perplexity_before=next(row[TestBefore.KEY] for row in trainer.state.log_history if TestBefore.KEY in row),
         one_shot=one_shot,
+        **report.target(trainer.optimizer),
         train_steps=trainer.state.global_step,
         train_tokens_per_second=tokens * args.world_size / timer.seconds if timer.seconds else 0.0,
         seed=args.seed,

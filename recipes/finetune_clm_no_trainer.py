@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator, get_scheduler
 
-from hf_padam import PAdam, Perplexity, WeightSparsity, get_param_groups
+from hf_padam import PAdam, Perplexity, TargetSparsity, WeightSparsity, get_param_groups
 from hf_padam.gradients import check_gradient_norm
 from hf_padam.interruption import EXIT_STATUS, StopSignal
 from hf_padam.metrics import sequence_nll
@@ -95,6 +95,11 @@ def main() -> None:
         scheduler = accelerator.prepare(scheduler)
     except ValueError as error:
         raise UsageError(f"--lr_scheduler_type: {error}") from error
+    if args.target_sparsity is not None:
+        try:
+            TargetSparsity(optimizer, args.target_sparsity, total_steps)
+        except ValueError as error:
+            raise UsageError(f"--target_sparsity: {error}") from error
     if args.report_to != "none":
         accelerator.init_trackers("padam")
 
@@ -189,6 +194,7 @@ def main() -> None:
         validation_perplexity=validation,
         test_perplexity=test,
         test_perplexity_before=progress.test_before,
+        **report.target(optimizer),
         train_steps=progress.step,
         train_tokens_per_second=progress.step * batch_size * block_size / progress.seconds,
         seed=args.seed,

@@ -166,6 +166,7 @@ def main() -> None:
         best_validation_step=best["step"] if best else None,
         linear_sparsity=WeightSparsity().compute(model=model, decayed=list(decayed_parameters(model)))["sparsity"],
         one_shot=one_shot,
+        **report.target(trainer.optimizer),
         train_steps=trainer.state.global_step,
         train_tokens_per_second=timer.steps * args.train_batch_size * block_size * args.world_size / timer.seconds
         if timer.seconds

@@ -6,10 +6,19 @@ import copy
 
 import pytest
 import torch
+from conftest import blocks, tiny_llama
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
-from hf_padam import PAdam
-from hf_padam.target_sparsity import HOLD, TargetSparsity, _histogram, _quantile
+from hf_padam import (
+    PAdam,
+    PAdamTrainer,
+    PAdamTrainingArguments,
+    TargetSparsity,
+    TargetSparsityCallback,
+    decayed_parameters,
+)
+from hf_padam.target_sparsity import HOLD, _histogram, _quantile, steering_of
 
 STEPS = 120
 
@@ -212,11 +221,94 @@ def test_impossible_plans_are_refused(options, message):
         TargetSparsity(optimizer, options.pop("target"), options.pop("total_steps", 10), **options)
 
 
-def test_a_target_below_what_is_there_is_refused_at_the_first_step():
-    weight = nn.Parameter(torch.tensor([0.0, 0.0, 0.0, 1.0]))
-    optimizer = PAdam([weight], p_norm=0.5)
-    TargetSparsity(optimizer, 0.5, 10)
-    weight.grad = torch.ones(4)
+def test_a_target_below_what_is_there_is_refused():
+    optimizer = PAdam([nn.Parameter(torch.tensor([0.0, 0.0, 0.0, 1.0]))], p_norm=0.5)
     with pytest.raises(ValueError, match="zeros do not come back"):
-        optimizer.step()
-    assert weight.tolist() == [0.0, 0.0, 0.0, 1.0]
+        TargetSparsity(optimizer, 0.5, 10)
+
+
+# Through the Trainer.
+
+
+def training_arguments(kind, tmp_path, **options):
+    common = dict(
+        output_dir=str(tmp_path), max_steps=40, per_device_train_batch_size=4, logging_steps=10, learning_rate=3e-3,
+        report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="steps", save_steps=25, seed=1,
+    )  # fmt: skip
+    return kind(**common | options)
+
+
+def decayed_share(model) -> float:
+    return share(decayed_parameters(model).values())
+
+
+@pytest.mark.parametrize("way", ["optim_args", "callback", "PAdamTrainer", "layer", "padam_8bit"])
+def test_every_way_of_asking_arrives(tmp_path, way):
+    model = tiny_llama()
+    if way == "optim_args":
+        args = training_arguments(
+            TrainingArguments, tmp_path, optim="padam", optim_args="target_sparsity=0.6,p_norm=0.5"
+        )
+        trainer = Trainer(model=model, args=args, train_dataset=blocks())
+    elif way == "callback":
+        args = training_arguments(TrainingArguments, tmp_path, optim="padam", optim_args="p_norm=0.5")
+        trainer = Trainer(model=model, args=args, train_dataset=blocks(), callbacks=[TargetSparsityCallback(0.6)])
+    else:
+        options = {"layer": {"target_scope": "layer"}, "padam_8bit": {"optim": "padam_8bit"}}.get(way, {})
+        args = training_arguments(PAdamTrainingArguments, tmp_path, target_sparsity=0.6, p_norm=0.5, **options)
+        trainer = PAdamTrainer(model=model, args=args, train_dataset=blocks())
+    trainer.train()
+    assert decayed_share(model) == pytest.approx(0.6, abs=0.01)
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [round(row["planned_sparsity"], 3) for row in rows] == [0.422, 0.578, 0.6, 0.6]
+    assert all(row["lambda_p"] > 0 for row in rows)
+    if way == "layer":
+        shares = [share([p]) for p in decayed_parameters(model).values()]
+        assert max(abs(s - 0.6) for s in shares) < 0.02, shares
+    count, threshold = steering_of(trainer.optimizer).zeroed()
+    assert (count > 0) == (threshold > 0)
+
+
+def test_an_interrupted_trainer_goes_on_to_the_same_weights(tmp_path, caplog):
+    def trainer():
+        args = training_arguments(PAdamTrainingArguments, tmp_path / "out", target_sparsity=0.6, p_norm=0.8)
+        return PAdamTrainer(model=tiny_llama(), args=args, train_dataset=blocks())
+
+    whole = trainer()
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-25"))
+    assert "other settings" not in caplog.text
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_named_modules_stay_dense(tmp_path):
+    options = dict(target_sparsity=0.6, p_norm=0.5, dense_modules=["down_proj", "layers.0"])
+    args = training_arguments(PAdamTrainingArguments, tmp_path, **options)
+    trainer = PAdamTrainer(model=tiny_llama(), args=args, train_dataset=blocks())
+    trainer.train()
+    decayed = trainer.decayed_names()
+    for name, param in decayed_parameters(trainer.model).items():
+        dense = "down_proj" in name or "layers.0" in name
+        assert dense == (name not in decayed) == (share([param]) == 0.0), name
+    assert trainer.sparsity()["sparsity"] == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_sparsity": 0.5, "lambda_p": 0.1}, "exclude each other"),
+        ({"target_sparsity": 1.5}, "target_sparsity=1.5 is not allowed"),
+        ({"target_sparsity": 0.5, "p_norm": 2.0}, "makes no zeros"),
+        ({"target_sparsity": 0.5, "target_start": 0.9, "target_end": 0.5}, "0 <= start < end <= 1"),
+        ({"target_sparsity": 0.5, "optim": "adamw_torch"}, 'take optim="padam"'),
+        ({"target_sparsity": 0.5, "optim_args": "target_sparsity=0.7"}, "given twice"),
+        ({"target_scope": "model"}, "target_scope='model' is not one of global, layer"),
+        ({"dense_modules": "[oops"}, "is not a list in JSON"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_before_anything_is_loaded(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        training_arguments(PAdamTrainingArguments, tmp_path, **options)

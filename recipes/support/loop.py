@@ -27,6 +27,9 @@ class LoopArguments:
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
     p_norm: float = field(default=0.8, metadata={"help": "p of the norm whose decay is applied."})
     lambda_p: float = field(default=0.1, metadata={"help": "Strength of the p-norm decay."})
+    target_sparsity: float | None = field(
+        default=None, metadata={"help": "Share of the decayed weights that is to be zero in the end; finds lambda_p."}
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "Strength of the L2 decay."})
     decay_embeddings: bool = field(default=False, metadata={"help": "Decay embeddings and the output head too."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the data, unless max_steps is set."})

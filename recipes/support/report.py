@@ -34,6 +34,7 @@ from hf_padam.sparsity import (
     sum_over_shards,
     summarize,
 )
+from hf_padam.target_sparsity import steering_of
 
 from .arguments import save_config
 
@@ -184,6 +185,15 @@ def conclude(
     write_report(directory, run)
 
 
+def target(optimizer: Any) -> dict[str, Any]:
+    """Return what became of a target sparsity, if there was one, for the results."""
+    steering = steering_of(optimizer)
+    if steering is None:
+        return {}
+    number, threshold = steering.zeroed()
+    return {"target_sparsity": steering.target, "target_zeroed": number, "target_threshold": threshold}
+
+
 def hardware() -> str:
     """Name the machine that this runs on."""
     if torch.cuda.is_available():
@@ -200,7 +210,13 @@ def versions() -> dict[str, str]:
 def _rows(run: Run) -> list[tuple[str, str, str]]:
     r = run.results
     before_sparsity = run.before.zeros / run.before.elements
-    test, linear = [], []
+    test, linear, asked = [], [], []
+    if "target_sparsity" in r:
+        share = r["target_zeroed"] / r["decayed_parameters"]
+        asked = [
+            ("zeros asked for", "", f"{r['target_sparsity']:.2%}"),
+            (f"of these, zeroed at the end of the ramp, below {r['target_threshold']:.2g}", "", f"{share:.2%}"),
+        ]
     if "test_perplexity" in r:
         test = [("test perplexity", f"{r['test_perplexity_before']:.2f}", f"{r['test_perplexity']:.2f}")]
     if "linear_sparsity" in r:
@@ -212,6 +228,7 @@ def _rows(run: Run) -> list[tuple[str, str, str]]:
         ("zeros among the decayed weights", f"{before_sparsity:.2%}", f"{r['sparsity']:.2%}"),
         *linear,
         ("zeros among all weights", "", f"{r['sparsity_total']:.2%}"),
+        *asked,
         (f"decayed weights below {NEAR_ZERO:g}, not zero", "", f"{r['near_zeros'] / r['decayed_parameters']:.2%}"),
         ("decayed weights / all weights", "", f"{r['decayed_parameters']:,} / {r['total_parameters']:,}"),
         ("training steps", "", f"{r['train_steps']:,}"),
