@@ -133,12 +133,14 @@ class TargetSparsity:
         return initial + (self.target - initial) * (1 - (1 - x) ** 3)
 
     def state(self) -> dict[str, float]:
-        """Return the present `lambda_p` (its mean over groups), and the share of zeros that is planned by now."""
+        """Return the present `lambda_p` (its mean over groups), and the share of zeros: planned by now, and actual."""
         groups = self._groups()
+        zeros, elements = _zeros(groups)
         initial = [max(0.0, group["target_initial"]) for group in groups]
         return {
             "lambda_p": sum(float(group["lambda_p"]) for group in groups) / len(groups),
             "planned_sparsity": self.planned(groups[0]["target_step"], sum(initial) / len(initial)),
+            "sparsity": zeros / elements,
         }
 
     def zeroed(self) -> tuple[int, float]:
@@ -230,7 +232,7 @@ class TargetSparsityCallback(TrainerCallback):
     """Steer a Trainer's PAdam to a share of zeros; see `TargetSparsity`.
 
     Not needed where the training arguments ask for it (``target_sparsity``, also in `optim_args`). `lambda_p` and the
-    share planned so far (`planned_sparsity`) are added to the training logs.
+    share planned so far (`planned_sparsity`) and the share so far (`sparsity`) are added to the training logs.
 
     Args:
         target: Share of exact zeros among the decayed weights, in (0, 1).

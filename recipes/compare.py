@@ -2,7 +2,8 @@ r"""Compare PAdam with what people use instead: same data, same order, same step
 
     python recipes/compare.py recipes/configs/compare_char_cpu.yaml --train_file input.txt --output_dir runs/compare
 
-The file names a recipe, options common to all runs, the seeds, and for each method a list of settings. Every run is
+The file names a recipe, options common to all runs, the seeds, and for each method a list of settings; `dense` is the
+method that losses are compared with, `reference` the one whose loss at the same sparsity is. Every run is
 that recipe in a process of its own, one on each GPU where there are several; `log.txt`, `results.json` and
 `run_config.yaml` of each are in a directory named after it. Interrupted, the same command goes on with the runs that
 are not finished. Options after the file go to the recipe.
@@ -27,7 +28,8 @@ from support.pareto import Comparison, Point, setting
 from support.report import hardware
 from support.trials import Job, Runner, extra_options, read_plan
 
-KEYS = {"title": str, "recipe": str, "options": dict, "seeds": list, "dense": str, "reference": str, "methods": dict}
+KEYS = {"title": str, "recipe": str, "options": dict, "seeds": list, "methods": dict}
+COMPARED_WITH = {"dense": str, "reference": str}
 
 
 def plan_jobs(plan: dict[str, Any], extra: dict[str, Any], directory: Path) -> dict[tuple[str, int, int], Job]:
@@ -72,8 +74,8 @@ def main() -> None:
     parser.add_argument("--output_dir", default="runs/compare", help="where everything goes")
     parser.add_argument("--jobs", type=int, help="runs at a time; by default one per GPU, or one")
     args, remaining = parser.parse_known_args()
-    plan, extra = read_plan(args.plan, KEYS), extra_options(remaining)
-    for name in ("dense", "reference"):
+    plan, extra = read_plan(args.plan, KEYS, COMPARED_WITH), extra_options(remaining)
+    for name in COMPARED_WITH.keys() & plan.keys():
         if plan[name] not in plan["methods"]:
             raise UsageError(f"{args.plan}: {name} is {plan[name]!r}, which is not among the methods")
     directory = check_output_dir(args.output_dir)
@@ -91,7 +93,9 @@ def main() -> None:
             progress.advance(task)
 
         results = runner.run_all(list(jobs.values()), done)
-    comparison = Comparison(collect(plan, dict(zip(jobs, results, strict=True))), plan["dense"], plan["reference"])
+    comparison = Comparison(
+        collect(plan, dict(zip(jobs, results, strict=True))), plan.get("dense"), plan.get("reference")
+    )
     seeds = ", ".join(map(str, plan["seeds"]))
     comparison.write(directory, plan["title"], f"Seeds {seeds}; {results[0]['hardware']}; {hardware()}.")
     comparison.print(plan["title"])

@@ -127,12 +127,13 @@ def as_arguments(options: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-def read_plan(path: str, keys: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+def read_plan(path: str, keys: Mapping[str, type], optional: Mapping[str, type] | None = None) -> dict[str, Any]:
     """Read a YAML file of a comparison or a sweep.
 
     Args:
         path: The file.
         keys: The keys it must have, and the types of their values.
+        optional: Keys it may have besides.
 
     Raises:
         UsageError: If it cannot be read, or has other keys or types.
@@ -141,10 +142,12 @@ def read_plan(path: str, keys: Mapping[str, type | tuple[type, ...]]) -> dict[st
         plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(plan, dict) or set(plan) != set(keys):
+    optional = optional or {}
+    if not isinstance(plan, dict) or not set(keys) <= set(plan) <= {*keys, *optional}:
         given = ", ".join(map(str, plan)) if isinstance(plan, dict) else type(plan).__name__
-        raise UsageError(f"{path} must have the keys {', '.join(keys)}; it has {given}")
-    for key, kind in keys.items():
+        may = f", and may have {', '.join(optional)}" if optional else ""
+        raise UsageError(f"{path} must have the keys {', '.join(keys)}{may}; it has {given}")
+    for key, kind in {key: kind for key, kind in {**keys, **optional}.items() if key in plan}.items():
         if not isinstance(plan[key], kind) or not plan[key]:
             raise UsageError(f"{path}: {key} is {plan[key]!r}, which is empty or of the wrong type")
     if not (RECIPES / plan["recipe"]).is_file():
