@@ -26,6 +26,12 @@ _SLICE = 2**22
 """Elements that are unpacked at a time: the extra memory of a step is some tens of bytes for each."""
 
 
+S_REFUSAL = (
+    "s_rate={} is not allowed with 8-bit moments, which save the memory that it takes: leave s_rate at 1, or use "
+    'PAdam (optim="padam")'
+)
+
+
 def check_installed() -> Any:
     """Return torchao's class of packed tensors.
 
@@ -47,7 +53,7 @@ class PAdam8bit(PAdam):
 
     Moments of tensors (or shards) with at least `SMALLEST` elements, a multiple of `BLOCK`, are stored as torchao's
     `OptimState8bit`; others as `PAdam` stores them. Each step uses moments that are up to date and exact to fp32
-    before they are stored again.
+    before they are stored again. ``s_rate < 1`` would add 4 bytes a parameter to these 2, and is refused.
 
     Raises:
         ImportError: If torchao is not installed.
@@ -61,6 +67,11 @@ class PAdam8bit(PAdam):
     def __getstate__(self) -> dict[str, Any]:
         """Keep what `PAdam` keeps, and the storage."""
         return {**super().__getstate__(), "_storage": self._storage}
+
+    def _keeps_s(self, group: dict[str, Any]) -> bool:
+        if group["s_rate"] < 1:
+            raise ValueError(S_REFUSAL.format(group["s_rate"]))
+        return False
 
     def _new_moment(self, param: Tensor, name: str) -> Tensor:
         local = local_tensor(param)

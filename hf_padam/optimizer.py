@@ -20,14 +20,18 @@ from torch.optim import Optimizer
 
 from . import backends
 from .sparsity import count_zeros
-from .update import Rounding, Scalars, prepare, random_key
+from .update import Rounding, Scalars, initial_s, prepare, random_key
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_P_NORM = 0.8
 DEFAULT_LAMBDA_P = 0.1
 HYPERPARAMETERS = ("lr", "betas", "eps", "p_norm", "lambda_p", "weight_decay")
+VARIANTS = ("late_decay", "s_rate")
+"""Options of the update that other decays do not have; the rest of what `prepare` takes."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_LATER_OPTIONS = ("bf16_stochastic_round", "rounding_seed", *VARIANTS)
+"""Options that groups saved by earlier versions lack."""
 
 
 class PAdam(Optimizer):
@@ -51,6 +55,13 @@ class PAdam(Optimizer):
         p_norm: The norm's p, positive. Below 1 small weights die fast and large ones are left alone; 2 is AdamW's.
         lambda_p: Strength of the p-norm decay, at least 0.
         weight_decay: Strength of the L2 decay (the paper's lambda_2), at least 0. As in AdamW, up to order lr^2.
+        late_decay: Take the factor from the weight after Adam's step, ``w_{t-1} - lr * u_t``, in place of
+            ``w_{t-1}``. A weight that is exactly zero then leaves zero as soon as it has a gradient, so models end
+            sparse only where gradients are zero, and tensors may start at zero.
+        s_rate: In (0, 1]. Below 1 the power ``|w_{t-1}|^(p_norm - 2)`` gives way to ``s``, which follows it as an
+            exponential moving average: ``s_t = (1 - s_rate) * s_{t-1} + s_rate * |w_{t-1}|^(p_norm - 2)``, from
+            ``s_0 = |w_0|^(p_norm - 2)``. (In the paper `s` is an auxiliary variable that is at its optimum at all
+            times, ``s_rate=1``.) Zero absorbs as ever. Not together with `late_decay`.
         bf16_stochastic_round: Round bf16 weights and second moments up or down at random, so that the mean is exact.
             For models whose weights are bf16 (not for autocast): rounding to the nearest loses every change below
             1/256 of a weight. Other dtypes are not affected.
@@ -60,6 +71,8 @@ class PAdam(Optimizer):
 
     State, created at the first step: ``step`` (a scalar), ``exp_avg`` and ``exp_avg_sq`` (like the parameter, in its
     dtype; in fp32 for fp16 parameters, whose squared gradients fp16 cannot hold). Loading keeps the saved dtype.
+    Where ``s_rate < 1`` and ``lambda_p > 0``, also ``s``, in fp32 (fp64 for fp64 parameters); it is dropped where
+    either ends, and starts anew.
 
     Raises:
         ValueError: If a hyperparameter is out of range, or a decayed tensor is all zeros.
@@ -76,6 +89,8 @@ class PAdam(Optimizer):
         lambda_p: float = DEFAULT_LAMBDA_P,
         weight_decay: float = 0.0,
         *,
+        late_decay: bool = False,
+        s_rate: float = 1.0,
         bf16_stochastic_round: bool = False,
         rounding_seed: int = 0,
         backend: str = "auto",
@@ -85,6 +100,7 @@ class PAdam(Optimizer):
             raise ValueError(f"backend={backend!r} is not one of {', '.join(backends.CHOICES)}")
         self.backend = backend
         defaults = dict(lr=lr, betas=betas, eps=eps, p_norm=p_norm, lambda_p=lambda_p, weight_decay=weight_decay)
+        defaults |= dict(late_decay=late_decay, s_rate=s_rate)
         defaults |= dict(bf16_stochastic_round=bf16_stochastic_round, rounding_seed=rounding_seed)
         check_hyperparameters(defaults)
         super().__init__(params, defaults)
@@ -100,7 +116,7 @@ class PAdam(Optimizer):
         """Restore a state; groups that were saved before an option existed get its default."""
         super().__setstate__(state)
         for group in self.param_groups:
-            for name in ("bf16_stochastic_round", "rounding_seed"):
+            for name in _LATER_OPTIONS:
                 group.setdefault(name, self.defaults[name])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -119,7 +135,8 @@ class PAdam(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_hyperparameters(group)
-        absorbing = group["lambda_p"] > 0 and group["p_norm"] < 2
+        self._keeps_s(group)
+        absorbing = group["lambda_p"] > 0 and group["p_norm"] < 2 and not group["late_decay"]
         names = group.get("param_names") or [f"number {i} of its group" for i in range(len(group["params"]))]
         for name, param in zip(names, group["params"], strict=True):
             if not param.is_floating_point():
@@ -168,8 +185,8 @@ class PAdam(Optimizer):
                 elements[param.device] += param.numel()
         selected = {device: backends.select(self.backend, device, count) for device, count in elements.items()}
         for group, triples in active:
-            hyperparameters = {name: group[name] for name in HYPERPARAMETERS} | {"lr": float(group["lr"])}
-            for number, tensors, keys in self._buckets(triples, group["rounding_seed"]):
+            hyperparameters = {name: group[name] for name in HYPERPARAMETERS + VARIANTS} | {"lr": float(group["lr"])}
+            for number, tensors, keys in self._buckets(triples, group):
                 rounding = None
                 if group["bf16_stochastic_round"] and torch.bfloat16 in (tensors[0][0].dtype, tensors[3][0].dtype):
                     rounding = Rounding(random_key(group["rounding_seed"], number), keys)
@@ -180,32 +197,48 @@ class PAdam(Optimizer):
     def _run(
         self, backend: ModuleType, tensors: tuple[list[Tensor], ...], scalars: Scalars, rounding: Rounding | None
     ) -> None:
-        """Step one bucket."""
-        backend.step(*tensors, scalars, rounding)
+        """Step one bucket; a fifth list of tensors, if there is one, is that of `s`."""
+        backend.step(*tensors[:4], scalars, rounding, *tensors[4:])
+
+    def _keeps_s(self, group: dict[str, Any]) -> bool:
+        """Whether a group's parameters have an auxiliary variable of their own."""
+        return group["s_rate"] < 1 and group["lambda_p"] > 0
 
     def _new_moment(self, param: Tensor, name: str) -> Tensor:
         """Create the state `name` of a parameter."""
         dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
+    def _new_s(self, param: Tensor, p_norm: float) -> Tensor:
+        """Create the auxiliary variable of a parameter, sharded as it is."""
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        s = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        local_tensor(s).copy_(initial_s(local_tensor(param), p_norm))
+        return s
+
     def _buckets(
-        self, triples: list[tuple[int, Tensor, Tensor]], seed: int
+        self, triples: list[tuple[int, Tensor, Tensor]], group: dict[str, Any]
     ) -> list[tuple[int, tuple[list[Tensor], ...], list[int]]]:
         """Count each parameter's step; sort local tensors into aligned lists of one step number, device and dtypes.
 
         Returns:
-            For each bucket the number of the step, the four lists of tensors, and the tensors' random keys.
+            For each bucket the number of the step, the four or five lists of tensors, and the tensors' random keys.
         """
-        buckets: defaultdict[tuple, tuple[list, ...]] = defaultdict(lambda: ([], [], [], [], []))
+        follows, seed = self._keeps_s(group), group["rounding_seed"]
+        buckets: defaultdict[tuple, tuple[list, ...]] = defaultdict(lambda: ([], [], [], [], [], []))
         states = [self.state[param] for _, param, _ in triples]
         for (_, param, _), state in zip(triples, states, strict=True):
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 state.update({name: self._new_moment(param, name) for name in MOMENTS})
+            if not follows:
+                state.pop("s", None)
+            elif "s" not in state:
+                state["s"] = self._new_s(param, group["p_norm"])
         if triples:
             torch._foreach_add_([state["step"] for state in states], 1)
         for (place, param, grad), state in zip(triples, states, strict=True):
-            first, second = state["exp_avg"], state["exp_avg_sq"]
+            first, second, s = state["exp_avg"], state["exp_avg_sq"], state.get("s")
             shard: tuple[int, ...] = ()
             if isinstance(param, DTensor):
                 shard = _shard(param)
@@ -213,11 +246,13 @@ class PAdam(Optimizer):
                     # E.g. a replicated weight under sequence parallelism: its gradient is a sum yet to be completed.
                     grad = grad.redistribute(placements=param.placements)
                 param, grad, first, second = (local_tensor(t) for t in (param, grad, first, second))
-            key = (state["step"].item(), param.device, param.dtype, grad.dtype, first.dtype, second.dtype)
+                s = s if s is None else local_tensor(s)
+            dtypes = (param.dtype, grad.dtype, first.dtype, second.dtype, s if s is None else s.dtype)
+            key = (state["step"].item(), param.device, dtypes)
             random = random_key(seed, place, *shard)
-            for values, value in zip(buckets[key], (param, grad, first, second, random)):  # noqa: B905 (both are five)
+            for values, value in zip(buckets[key], (random, param, grad, first, second, s)):  # noqa: B905 (six each)
                 values.append(value)
-        return [(int(key[0]), tuple(bucket[:4]), bucket[4]) for key, bucket in buckets.items()]
+        return [(int(key[0]), bucket[1 : 6 if follows else 5], bucket[0]) for key, bucket in buckets.items()]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load groups and state, in the dtype they were saved in; torch would cast state to the parameter's dtype."""
@@ -236,11 +271,11 @@ class PAdam(Optimizer):
         for saved_id, param in zip(saved_ids, params, strict=True):
             state = self.state.get(param, {})
             for name, value in seen["state"].get(saved_id, {}).items():
-                if name in MOMENTS:
-                    same = value.dtype == state[name].dtype
-                    state[name] = self._adopt(
-                        param, name, state[name] if same else value.to(device=param.device, copy=True)
-                    )
+                if name in (*MOMENTS, "s"):
+                    if value.dtype != state[name].dtype:
+                        state[name] = value.to(device=param.device, copy=True)
+                    if name in MOMENTS:
+                        state[name] = self._adopt(param, name, state[name])
                 elif name == "step":
                     state[name] = value.float().cpu().clone()  # on a GPU, reading it would wait for the GPU
 
@@ -314,6 +349,18 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
             raise ValueError(f"{name}={value!r} is not allowed: it must be {what}")
-    for name, type_, what in (("bf16_stochastic_round", bool, "True or False"), ("rounding_seed", int, "an integer")):
-        if name in values and type(values[name]) is not type_:
+    for name, types, what in (
+        ("bf16_stochastic_round", (bool,), "True or False"),
+        ("rounding_seed", (int,), "an integer"),
+        ("late_decay", (bool,), "True or False"),
+        ("s_rate", (int, float), "a number above 0, at most 1; 1 is the paper's method"),
+    ):
+        if name in values and type(values[name]) not in types:
             raise ValueError(f"{name}={values[name]!r} is not allowed: it must be {what}")
+        if name == "s_rate" and not 0 < values.get(name, 1) <= 1:
+            raise ValueError(f"{name}={values[name]!r} is not allowed: it must be {what}")
+    if values.get("late_decay") and values["s_rate"] < 1:
+        raise ValueError(
+            f"late_decay=True and s_rate={values['s_rate']} exclude each other: s follows the weight before the step. "
+            "Set one of them only"
+        )

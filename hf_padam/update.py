@@ -6,7 +6,20 @@ and ``lr`` the learning rate, the step is Adam's, shrunk by a factor that depend
     w_t = (w_{t-1} - lr * u_t) * r(w_{t-1}),    r(w) = 1 / (1 + lr * lambda_2 + lr * lambda_p * |w|^(p - 2))
 
 For ``p < 2`` the power grows without bound as ``w`` vanishes, so small weights are driven to zero and an exact zero
-stays zero (IEEE arithmetic gives ``r(0) = 1 / inf = 0``, no special case needed). This module imports torch alone.
+stays zero (IEEE arithmetic gives ``r(0) = 1 / inf = 0``, no special case needed).
+
+Two variants of where the factor is taken from, at most one of them at a time:
+
+* late decay: ``r(w_{t-1} - lr * u_t)``, that is of the weight after Adam's step. An exact zero then does not absorb
+  while its gradient lives: Adam's step moves it first, and the factor of that is not zero.
+* s-dynamics: the paper's auxiliary variable ``s`` stands for ``|w|^(p - 2)`` in the penalty, and takes that value at
+  once. Here it may follow at a rate of its own, as an exponential moving average, which serves as the definition:
+
+      s_t = (1 - s_rate) * s_{t-1} + s_rate * |w_{t-1}|^(p - 2),    r_t = 1 / (1 + lr * lambda_2 + lr * lambda_p * s_t)
+
+  with ``s_0 = |w_0|^(p - 2)``. The ``s`` of an exact zero is infinite and stays so: zero absorbs.
+
+This module imports torch alone.
 """
 
 from __future__ import annotations
@@ -69,6 +82,13 @@ class Scalars(NamedTuple):
     shrink: float  # 1 + lr * lambda_2
     decay: float  # lr * lambda_p
     exponent: float  # p - 2
+    late_decay: bool = False  # backends specialise on it, as on `form`
+    s_rate: float = 1.0  # below 1, and used, only where `s` is given
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The numbers that every step needs: all but `form`, `late_decay` and `s_rate`."""
+        return self[1:-2]
 
 
 def prepare(
@@ -80,6 +100,8 @@ def prepare(
     p_norm: float,
     lambda_p: float,
     weight_decay: float,
+    late_decay: bool = False,
+    s_rate: float = 1.0,
 ) -> Scalars:
     """Compute the scalars of step number `step` (1 for the first)."""
     beta1, beta2 = betas
@@ -87,7 +109,9 @@ def prepare(
     if decay < _SMALLEST_NORMAL:
         form, decay = Form.NONE, 0.0
     else:
-        form = _FORMS.get(p_norm, Form.BELOW_TWO if p_norm < 2 else Form.ABOVE_TWO)
+        form = Form.BELOW_TWO if p_norm < 2 else Form.ABOVE_TWO
+        if s_rate == 1:  # `s` needs the power itself, which the other forms go without
+            form = _FORMS.get(p_norm, form)
     return Scalars(
         form=form,
         beta1=beta1,
@@ -100,6 +124,8 @@ def prepare(
         shrink=1 + lr * weight_decay,
         decay=decay,
         exponent=p_norm - 2,
+        late_decay=late_decay,
+        s_rate=s_rate,
     )
 
 
@@ -154,17 +180,25 @@ def exact_power(x: Tensor, y: float) -> Tensor:
     return torch.pow(x.double(), y).to(x.dtype)
 
 
-def inverse_factor(weight: Tensor, scalars: Scalars, power: Callable[[Tensor, float], Tensor] = exact_power) -> Tensor:
+def inverse_factor(
+    weight: Tensor,
+    scalars: Scalars,
+    power: Callable[[Tensor, float], Tensor] = exact_power,
+    s: Tensor | None = None,
+) -> Tensor:
     """Return ``1 / r(weight) = 1 + lr * lambda_2 + lr * lambda_p * |weight|^(p - 2)``, infinite where ``r`` is zero.
 
     Args:
-        weight: The weights before the step, in the dtype of the arithmetic.
+        weight: The weights before the step (after it, if the decay is late), in the dtype of the arithmetic.
         scalars: From `prepare`.
         power: ``power(x, y) = x ** y`` for ``x >= 0`` and a scalar ``y``, infinite at ``x = 0`` for negative ``y``.
+        s: What takes the place of ``|weight|^(p - 2)``, if it does not follow at once: see `follow`.
     """
     shrink, decay = scalars.shrink, scalars.decay
     if scalars.form is Form.NONE:
         return torch.ones_like(weight) * shrink
+    if s is not None:
+        return shrink + decay * s
     magnitude = weight.abs()
     match scalars.form:
         case Form.HALF:
@@ -178,6 +212,16 @@ def inverse_factor(weight: Tensor, scalars: Scalars, power: Callable[[Tensor, fl
     return shrink + decay * power(magnitude, scalars.exponent)
 
 
+def initial_s(weight: Tensor, p_norm: float) -> Tensor:
+    """Return ``s_0 = |weight|^(p - 2)``, in the dtype of the arithmetic: infinite at zero for p < 2."""
+    return exact_power(weight.to(torch.promote_types(weight.dtype, torch.float32)).abs(), p_norm - 2)
+
+
+def follow(s: Tensor, weight: Tensor, scalars: Scalars, power: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """Return ``(1 - s_rate) * s + s_rate * |weight|^(p - 2)``; as written, infinities never meet their like."""
+    return (1 - scalars.s_rate) * s + scalars.s_rate * power(weight.abs(), scalars.exponent)
+
+
 def update_(
     param: Tensor,
     grad: Tensor,
@@ -186,6 +230,7 @@ def update_(
     scalars: Scalars,
     power: Callable[[Tensor, float], Tensor] = exact_power,
     bits: Tensor | None = None,
+    s: Tensor | None = None,
 ) -> None:
     """Take one PAdam step on one tensor, in place.
 
@@ -198,6 +243,7 @@ def update_(
         power: See `inverse_factor`.
         bits: From `random_bits`, same shape, to round bf16 weights and second moments stochastically. (First moments
             change by more than a rounding error a step; they are always rounded to the nearest.)
+        s: The auxiliary variable, same shape, if `scalars.s_rate` is below 1; read and written.
 
     The arithmetic is fp32 for 16-bit and fp32 tensors, fp64 for fp64 ones.
     """
@@ -208,8 +254,12 @@ def update_(
     second = scalars.beta2 * exp_avg_sq.to(dtype) + scalars.one_minus_beta2 * gradient * gradient
     # 2. Adam's step, bias corrections folded into the scalars.
     stepped = weight - scalars.step_size * (first / (second.sqrt() * scalars.inverse_root_correction2 + scalars.eps))
-    # 3. pWD: shrink by the factor of the weight before the step.
-    new = stepped / inverse_factor(weight, scalars, power)
+    # 3. pWD: shrink by the factor of the weight before the step; or after it; or of what follows the weight.
+    if s is not None:
+        s.copy_(following := follow(s.to(dtype), weight, scalars, power))
+        new = stepped / inverse_factor(weight, scalars, power, following)
+    else:
+        new = stepped / inverse_factor(stepped if scalars.late_decay else weight, scalars, power)
     # 4. What is as good as dead is zero, on every device alike.
     if scalars.form.makes_zeros:
         new = torch.where(new.abs() < FLUSH_THRESHOLD, 0.0, new)

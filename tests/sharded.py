@@ -40,13 +40,14 @@ class OddModel(nn.Module):
 
 
 def optimizer_for(model: nn.Module, lr: float = 1e-2) -> PAdam:
-    """Three groups with hyperparameters of their own, by name; the names of FSDP1 are longer."""
+    """Groups with hyperparameters of their own, variants included, by name; the names of FSDP1 are longer."""
     kinds: dict[str, list] = {"first.weight": [], "second.weight": [], "last.weight": [], "other": []}
     for name, param in model.named_parameters():
         plain = name.replace("_fsdp_wrapped_module.", "")
         kinds[plain if plain in kinds else "other"].append((name, param))
     decay = {"first.weight": (0.5, 0.3), "second.weight": (0.8, 0.1), "last.weight": (1.0, 0.02), "other": (0.8, 0.0)}
     groups = [{"params": kinds[k], "p_norm": p, "lambda_p": lambda_p} for k, (p, lambda_p) in decay.items()]
+    groups[0]["s_rate"], groups[2]["late_decay"] = 0.3, True
     return PAdam([group for group in groups if group["params"]], lr=lr)
 
 

@@ -60,15 +60,19 @@ LAYOUTS = {
 
 @needs_compiler
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("p_norm", [0.8, 1.0])
-def test_every_layout_gets_the_eager_result(layout, p_norm):
+@pytest.mark.parametrize(
+    ("p_norm", "variant"), [(0.8, {}), (1.0, {}), (0.8, {"late_decay": True}), (0.8, {"s_rate": 0.3})], ids=str
+)
+def test_every_layout_gets_the_eager_result(layout, p_norm, variant):
     generator = torch.Generator().manual_seed(0)
     raw = [torch.randn(4096, generator=generator) * scale for scale in (0.1, 0.01, 0.01, 0.01)]
     raw[3] = raw[3].abs()
+    if "s_rate" in variant:
+        raw.append(torch.rand(4096, generator=generator) * 10)
     ours, theirs = ([[LAYOUTS[layout](t)] for t in raw] for _ in range(2))
-    scalars = prepare(3, p_norm=p_norm, **HYPERPARAMETERS)
-    compiled.step(*ours, scalars)
-    eager.step(*theirs, scalars)
+    scalars = prepare(3, p_norm=p_norm, **HYPERPARAMETERS, **variant)
+    compiled.step(*ours[:4], scalars, None, *ours[4:])
+    eager.step(*theirs[:4], scalars, None, *theirs[4:])
     for [a], [b] in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-9)
 

@@ -152,6 +152,21 @@ def test_the_plain_trainer_resumes_it_exactly(tmp_path):
         assert torch.equal(weight, ends[1][name]), name
 
 
+def test_s_of_its_own_is_refused_before_and_during_training(tmp_path):
+    from hf_padam import PAdamTrainingArguments
+
+    with pytest.raises(ValueError, match=r"s_rate=0.5 is not allowed with 8-bit moments.*optim=\"padam\""):
+        PAdam8bit(parameters(), s_rate=0.5)
+    with pytest.raises(ValueError, match="s_rate=0.5 is not allowed with 8-bit moments"):
+        PAdamTrainingArguments(str(tmp_path), optim="padam_8bit", s_rate=0.5, use_cpu=True)
+    params = parameters()
+    optimizer = PAdam8bit(params, late_decay=True)
+    train(optimizer, params, [0])
+    optimizer.param_groups[0] |= {"late_decay": False, "s_rate": 0.5}
+    with pytest.raises(ValueError, match="s_rate=0.5 is not allowed with 8-bit moments"):
+        train(optimizer, params, [1])
+
+
 def test_without_torchao_the_arguments_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim.subclass_8bit", None)
     from hf_padam import PAdamTrainingArguments

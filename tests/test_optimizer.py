@@ -57,6 +57,38 @@ def test_state_dtype_survives_a_round_trip(dtype, state_dtype):
     assert torch.equal(param, twin)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "s_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
+    ids=str,
+)
+def test_s_is_kept_for_the_groups_that_use_it_and_goes_on_exactly(dtype, s_dtype):
+    param, optimizer = make(dtype=dtype, s_rate=0.1)
+    plain, undecayed = (nn.Parameter(torch.ones(3, dtype=dtype)) for _ in range(2))
+    optimizer.add_param_group({"params": [plain], "s_rate": 1.0})
+    optimizer.add_param_group({"params": [undecayed], "lambda_p": 0.0})
+    plain.grad, undecayed.grad = torch.ones_like(plain), torch.ones_like(undecayed)
+    advance(param, optimizer)
+    assert "s" not in optimizer.state[plain] and "s" not in optimizer.state[undecayed]
+    assert optimizer.state[param]["s"].dtype == s_dtype and optimizer.state[param]["s"].shape == param.shape
+    twin, restored = nn.Parameter(param.detach().clone()), None
+    others = [nn.Parameter(p.detach().clone()) for p in (plain, undecayed)]
+    restored = PAdam([{"params": [p]} for p in (twin, *others)], lr=1.0)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert restored.state[twin]["s"].dtype == s_dtype
+    advance(param, optimizer, seed=2)
+    advance(twin, restored, seed=2)
+    assert torch.equal(param, twin) and torch.equal(optimizer.state[param]["s"], restored.state[twin]["s"])
+    restored.param_groups[0]["s_rate"] = 1.0
+    advance(twin, restored, 1)
+    assert "s" not in restored.state[twin], "it would be stale when it is wanted again"
+
+
+def test_late_decay_and_s_exclude_each_other():
+    with pytest.raises(ValueError, match="late_decay=True and s_rate=0.5 exclude each other"):
+        PAdam([nn.Parameter(torch.ones(2))], late_decay=True, s_rate=0.5)
+
+
 def test_fp32_state_loads_into_a_bf16_model_uncast():
     param, optimizer = make()
     advance(param, optimizer)
@@ -251,6 +283,7 @@ def test_a_tensor_that_starts_at_zero_is_refused_by_name():
         PAdam(named, p_norm=0.8, lambda_p=0.1)
     PAdam(named, p_norm=2.0, lambda_p=0.1)  # zero does not absorb for p = 2
     PAdam(named, lambda_p=0.0)
+    PAdam(named, late_decay=True)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +295,7 @@ def test_a_tensor_that_starts_at_zero_is_refused_by_name():
         ("p_norm", 0.0), ("p_norm", -0.5), ("p_norm", float("inf")), ("p_norm", float("nan")), ("p_norm", True),
         ("lambda_p", -0.1), ("lambda_p", float("nan")), ("lambda_p", None),
         ("weight_decay", -0.1), ("weight_decay", float("inf")),
+        ("late_decay", 1), ("s_rate", 0.0), ("s_rate", 1.5), ("s_rate", float("nan")), ("s_rate", "1"),
         ("backend", "cuda"),
     ],
 )  # fmt: skip
@@ -306,8 +340,9 @@ def test_groups_saved_before_an_option_existed_get_its_default():
     optimizer = PAdam([param])
     state = optimizer.state_dict()
     for group in state["param_groups"]:
-        del group["bf16_stochastic_round"], group["rounding_seed"]
+        del group["bf16_stochastic_round"], group["rounding_seed"], group["late_decay"], group["s_rate"]
     optimizer.load_state_dict(state)
     param.grad = torch.ones(3)
     optimizer.step()
     assert optimizer.param_groups[0]["bf16_stochastic_round"] is False
+    assert optimizer.param_groups[0]["s_rate"] == 1

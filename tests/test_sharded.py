@@ -33,7 +33,7 @@ def test_sharded_steps_are_those_of_one_process(trained, way):
     decayed = [name for name, _ in model.named_parameters() if name.endswith(".weight")]
     expected = summarize(count_model_zeros(model, decayed))
     assert result["sparsities"][way] == expected
-    assert expected["sparsity"] > 0.1
+    assert expected["sparsity"] > 0.05
     assert result["shards_of_last"] == [14, 0], "one process has nothing of the last layer"
 
 

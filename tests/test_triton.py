@@ -35,10 +35,10 @@ def test_a_cpu_is_refused_with_the_reason():
     assert "TRITON_INTERPRET" in triton.unavailable(torch.device("cpu"))
 
 
-def both(layout, dtypes, p_norm, steps=2):
-    """Step the same tensors with Triton and eagerly; return both lists of lists."""
+def both(layout, dtypes, p_norm, steps=2, **variant):
+    """Step the same tensors with Triton and eagerly; return both lists of lists, the fifth of `s` if there is any."""
     from hf_padam.backends import eager
-    from hf_padam.update import prepare
+    from hf_padam.update import initial_s, prepare
 
     generator = torch.Generator().manual_seed(0)
     results = []
@@ -47,11 +47,11 @@ def both(layout, dtypes, p_norm, steps=2):
         lists = [[layout(t.to(dtype)) for t in column] for column, dtype in zip(raw, dtypes, strict=True)]
         for t in lists[3]:
             t.abs_()
+        if "s_rate" in variant:
+            lists.append([initial_s(t, p_norm) for t in lists[0]])
         for step in range(1, steps + 1):
-            scalars = prepare(
-                step, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, p_norm=p_norm, lambda_p=0.1, weight_decay=0.01
-            )
-            backend.step(*lists, scalars)
+            options = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, p_norm=p_norm, lambda_p=0.1, weight_decay=0.01)
+            backend.step(*lists[:4], prepare(step, **options, **variant), None, *lists[4:])
             lists[1] = [-g for g in lists[1]]  # the gradients move
         results.append(lists)
     return results
@@ -70,20 +70,34 @@ LAYOUTS = {
 
 @interpreted
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("p_norm", [0.8, 1.0, 3.0])
-def test_every_layout_gets_the_eager_result(layout, p_norm):
-    ours, theirs = both(LAYOUTS[layout], [torch.float32] * 4, p_norm)
-    for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):
-        torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-8)
+@pytest.mark.parametrize(
+    ("p_norm", "variant"),
+    [
+        (0.8, {}),
+        (1.0, {}),
+        (3.0, {}),
+        (0.8, {"late_decay": True}),
+        (1.0, {"late_decay": True}),
+        (0.8, {"s_rate": 0.3}),
+    ],
+    ids=str,
+)
+def test_every_layout_gets_the_eager_result(layout, p_norm, variant):
+    ours, theirs = both(LAYOUTS[layout], [torch.float32] * 4, p_norm, **variant)
+    assert len(ours) == len(theirs) == (5 if "s_rate" in variant else 4)
+    for i, tensors in enumerate(zip(ours, theirs, strict=True)):
+        for a, b in zip(*tensors, strict=True):  # s is the power of weights that a step has rounded
+            torch.testing.assert_close(a, b, rtol=1e-5 if i == 4 else 3e-6, atol=1e-8)
 
 
 @interpreted
 @pytest.mark.parametrize("p_norm", [0.5, 0.8, 1.0, 1.5, 2.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_every_dtype_gets_the_eager_result(dtype, p_norm):
+@pytest.mark.parametrize("variant", [{}, {"late_decay": True}, {"s_rate": 0.3}], ids=["plain", "late", "s"])
+def test_every_dtype_gets_the_eager_result(dtype, p_norm, variant):
     moments = torch.float32 if dtype == torch.float16 else dtype
     # One step, and one unit in the last place: the interpreter (not the GPU) truncates where bf16 should be rounded.
-    ours, theirs = both(LAYOUTS["odd"], [dtype, dtype, moments, moments], p_norm, steps=1)
+    ours, theirs = both(LAYOUTS["odd"], [dtype, dtype, moments, moments], p_norm, steps=1, **variant)
     for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):
         unit = torch.finfo(a.dtype).eps
         torch.testing.assert_close(a, b, rtol=max(3e-6, 1.01 * unit), atol=1e-8)

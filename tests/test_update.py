@@ -14,11 +14,12 @@ from oracle import Oracle, factor
 
 from hf_padam import PAdam
 from hf_padam.backends import BACKENDS
-from hf_padam.update import FLUSH_THRESHOLD, Form, inverse_factor, prepare, update_
+from hf_padam.update import FLUSH_THRESHOLD, Form, initial_s, inverse_factor, prepare, update_
 
 P_NORMS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
 CPU_BACKENDS = [name for name, backend in BACKENDS.items() if backend.unavailable(torch.device("cpu")) is None]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+VARIANTS = {"plain": {}, "late": {"late_decay": True}, "s": {"s_rate": 0.3}}
 # Relative to max(|w|, lr): the rounding of a few operations in fp32, or of the storage dtype at every step.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 
@@ -32,14 +33,20 @@ def awkward_weights(dtype: torch.dtype, n: int = 61) -> torch.Tensor:
     return torch.cat([torch.tensor(special), ordinary]).to(dtype)
 
 
+# Every p in the paper's method; few in the variants, which share its forms and take a kernel each.
+CASES = [("plain", p_norm) for p_norm in P_NORMS] + [("late", 0.8), ("late", 1.0), ("s", 0.8), ("s", 2.0)]
+
+
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("p_norm", P_NORMS)
-def test_one_step_matches_the_oracle(backend, dtype, p_norm):
+@pytest.mark.parametrize(
+    ("variant", "p_norm", "dtype"),
+    [(*case, d) for case in CASES for d in DTYPES if d != torch.float16 or case[0] == "plain"],
+)
+def test_one_step_matches_the_oracle(backend, variant, p_norm, dtype):
     for lambda_p, lambda_2, lr in itertools.product((0.0, 0.05), (0.0, 0.3), (0.0, 1e-2)):
         start = awkward_weights(dtype)
         param = torch.nn.Parameter(start.clone())
-        options = dict(lr=lr, p_norm=p_norm, lambda_p=lambda_p, weight_decay=lambda_2)
+        options = dict(lr=lr, p_norm=p_norm, lambda_p=lambda_p, weight_decay=lambda_2, **VARIANTS[variant])
         optimizer = PAdam([param], backend=backend, **options)
         oracle = Oracle(start.double().numpy(), **options)
         param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
@@ -51,20 +58,23 @@ def test_one_step_matches_the_oracle(backend, dtype, p_norm):
         tolerance = TOLERANCE[dtype]
         assert (np.abs(got - expected) <= tolerance * scale + 1e-37).all(), (lambda_p, lambda_2, lr)
         if lambda_p and lr and p_norm < 2:
-            assert (got[start.double().numpy() == 0] == 0).all(), "zero absorbs"
+            if variant != "late":
+                assert (got[start.double().numpy() == 0] == 0).all(), "zero absorbs"
             assert not ((got != 0) & (np.abs(got) < FLUSH_THRESHOLD)).any(), "what is nearly dead is zero"
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("p_norm", P_NORMS)
-def test_trajectory_matches_the_oracle(backend, p_norm):
+@pytest.mark.parametrize(("variant", "p_norm"), CASES)
+def test_trajectory_matches_the_oracle(backend, variant, p_norm):
+    """Both decays at once, elastic net."""
     generator = torch.Generator().manual_seed(5)
     start = torch.randn(7, 9, generator=generator) * 0.1
     start[2, 3:6] = 0
     param = torch.nn.Parameter(start.clone())
-    options = dict(lr=3e-3, p_norm=p_norm, lambda_p=0.1, weight_decay=0.1)
+    options = dict(lr=3e-3, p_norm=p_norm, lambda_p=0.1, weight_decay=0.1, **VARIANTS[variant])
     optimizer, oracle = PAdam([param], backend=backend, **options), Oracle(start.double().numpy(), **options)
-    for _ in range(25):
+    for step in range(25):
+        optimizer.param_groups[0]["lr"] = oracle.lr = 0.0 if step % 12 == 0 else 3e-3  # as schedules begin and end
         param.grad = torch.randn(7, 9, generator=generator)
         optimizer.step()
         expected = oracle.step(param.grad.double().numpy())
@@ -109,6 +119,26 @@ def test_every_backends_factor_is_accurate_to_two_parts_in_a_million(backend, p_
             assert (got[expected < FLUSH_THRESHOLD / 2] == 0).all()
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("p_norm", (0.5, 0.8, 2.0))
+def test_s_is_the_moving_average_of_the_power_and_follows_while_nothing_decays(backend, p_norm):
+    """Down to lr = 0, at which 0 * inf must not become NaN; zero absorbs afterwards, too."""
+    generator = torch.Generator().manual_seed(2)
+    start = torch.cat([torch.zeros(3), torch.rand(90, generator=generator) + 0.1])
+    param = torch.nn.Parameter(start.clone())
+    options = dict(p_norm=p_norm, lambda_p=0.02, s_rate=0.05)
+    optimizer, oracle = PAdam([param], backend=backend, **options), Oracle(start.double().numpy(), **options)
+    for step in range(12):
+        optimizer.param_groups[0]["lr"] = oracle.lr = 3e-2 * (step % 3)
+        param.grad = torch.randn(93, generator=generator)
+        optimizer.step()
+        oracle.step(param.grad.double().numpy())
+        s = optimizer.state[param]["s"]
+        np.testing.assert_allclose(s.double().numpy(), oracle.s, rtol=2e-5)
+        np.testing.assert_allclose(param.detach().double().numpy(), oracle.w, rtol=2e-5, atol=1e-6)
+    assert s.dtype == torch.float32 and (p_norm == 2 or (s[:3].isinf().all() and not param[:3].any()))
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     weight=st.floats(width=32, allow_nan=False, allow_infinity=False),
@@ -120,37 +150,38 @@ def test_every_backends_factor_is_accurate_to_two_parts_in_a_million(backend, p_
     p_norm=st.floats(0.05, 5.0),
     lambda_p=st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e4]),
     weight_decay=st.sampled_from([0.0, 1e-3, 10.0]),
+    variant=st.sampled_from([*VARIANTS.values()]),
 )
 def test_finite_input_never_gives_nan_and_zero_stays_zero(
-    weight, grad, exp_avg, exp_avg_sq, step, lr, p_norm, lambda_p, weight_decay
+    weight, grad, exp_avg, exp_avg_sq, step, lr, p_norm, lambda_p, weight_decay, variant
 ):
-    scalars = prepare(
-        step, lr=lr, betas=(0.9, 0.999), eps=1e-8, p_norm=p_norm, lambda_p=lambda_p, weight_decay=weight_decay
-    )
+    options = dict(lr=lr, betas=(0.9, 0.999), eps=1e-8, p_norm=p_norm, lambda_p=lambda_p, weight_decay=weight_decay)
+    scalars = prepare(step, **options, **variant)
     w, g, m, v = (torch.tensor([x], dtype=torch.float32) for x in (weight, grad, exp_avg, exp_avg_sq))
     inverse = inverse_factor(w, scalars)
     assert (inverse >= 1).all(), "|r| <= 1"
-    update_(w, g, m, v, scalars)
+    s = initial_s(w, p_norm) if "s_rate" in variant else None
+    update_(w, g, m, v, scalars, s=s)
     assert not w.isnan().any()
-    if weight == 0 and scalars.form.makes_zeros:
+    if weight == 0 and scalars.form.makes_zeros and not scalars.late_decay:
         assert w == 0
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("p_norm", (*P_NORMS, 0.1, 1.9, 4.0))
-def test_no_backend_makes_nan_of_any_finite_weight_and_gradient(backend, p_norm):
+@pytest.mark.parametrize(("variant", "p_norm"), [*CASES, ("plain", 0.1), ("plain", 1.9), ("plain", 4.0)])
+def test_no_backend_makes_nan_of_any_finite_weight_and_gradient(backend, variant, p_norm):
     generator = torch.Generator().manual_seed(9)
     bits = torch.randint(-(2**31), 2**31 - 1, (2, 4096), dtype=torch.int32, generator=generator)
     weights, grads = bits.view(torch.float32).nan_to_num(0.0, 1.0, -1.0)  # every exponent, subnormals included
     weights[:100] = 0
     for lr, lambda_p in ((1e-3, 0.1), (1e-30, 1e-3), (1e-25, 1e-20)):
         param = torch.nn.Parameter(weights.clone())
-        optimizer = PAdam([param], lr=lr, p_norm=p_norm, lambda_p=lambda_p, backend=backend)
+        optimizer = PAdam([param], lr=lr, p_norm=p_norm, lambda_p=lambda_p, backend=backend, **VARIANTS[variant])
         for _ in range(3):
             param.grad = grads.clone()
             optimizer.step()
         assert not param.isnan().any()
-        if p_norm < 2 and lr * lambda_p > 2.0**-126:
+        if variant != "late" and p_norm < 2 and lr * lambda_p > 2.0**-126:
             assert (param[:100] == 0).all()
 
 
@@ -199,6 +230,15 @@ def test_the_factor_uses_the_weight_before_the_step():
     assert math.isclose(param.item(), 0.05 / 1.5, rel_tol=1e-6)
 
 
+def test_late_decay_uses_the_weight_after_the_step_and_lets_zeros_live():
+    param = torch.nn.Parameter(torch.tensor([0.1, 0.0, 0.0]))
+    optimizer = PAdam([param], lr=0.05, p_norm=1.0, lambda_p=1.0, late_decay=True)
+    param.grad = torch.tensor([1.0, 1.0, 0.0])
+    optimizer.step()
+    # To 0.05 and -0.05, each with the factor 1 / (1 + 0.05 / 0.05).
+    torch.testing.assert_close(param.detach(), torch.tensor([0.025, -0.025, 0.0]), rtol=1e-6, atol=0)
+
+
 def test_lr_zero_and_lambda_zero_leave_zeros_and_weights_alone():
     for lr, lambda_p in ((0.0, 1.0), (1e-2, 0.0)):
         param = torch.nn.Parameter(torch.tensor([0.0, 0.5]))
@@ -208,9 +248,10 @@ def test_lr_zero_and_lambda_zero_leave_zeros_and_weights_alone():
         assert param.tolist() == [0.0, 0.5]
 
 
-def test_the_authors_convention_is_lambda_divided_by_p():
-    """Their released code decays by w / (1 + lr * p * lambda * |w|^(p-2)): ours with lambda_p = p * lambda."""
-    theirs, p_norm, lr = 0.3, 0.8, 1e-2
+@pytest.mark.parametrize("p_norm", (0.5, 0.8, 1.2, 2.0))
+def test_in_the_authors_convention_two_passes_are_one_step_of_ours(p_norm):
+    """Their lambda is multiplied by p, and applied in a pass after Adam's: ours is lambda_p = p * lambda, in one."""
+    theirs, lr = 0.3, 1e-2
     start = torch.randn(50, generator=torch.Generator().manual_seed(8)).double()
     ours = torch.nn.Parameter(start.clone())
     optimizer = PAdam([ours], lr=lr, p_norm=p_norm, lambda_p=p_norm * theirs)
@@ -223,7 +264,7 @@ def test_the_authors_convention_is_lambda_divided_by_p():
         adam.step()
         with torch.no_grad():
             reference /= 1 + lr * p_norm * theirs * old.abs() ** (p_norm - 2)
-    torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
 
 
 def test_forms_cover_every_p():

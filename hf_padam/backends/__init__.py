@@ -1,9 +1,9 @@
 """The ways of running `hf_padam.update`, one file each, all behind one signature.
 
-    step(params, grads, exp_avgs, exp_avg_sqs, scalars, rounding=None) -> None
+    step(params, grads, exp_avgs, exp_avg_sqs, scalars, rounding=None, s=None) -> None
         Lists of plain tensors, aligned, of one device and one dtype per list; updated in place, gradients only read.
         `scalars` is an `update.Scalars`, the same for all of them; `rounding`, an `update.Rounding`, asks for
-        stochastic rounding of what is bf16.
+        stochastic rounding of what is bf16; `s`, one more list of tensors, goes with `scalars.s_rate` below 1.
     unavailable(device) -> str | None
         Why the backend cannot run there, or None if it can.
 

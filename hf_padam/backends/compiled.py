@@ -25,7 +25,7 @@ from ..update import Form, Rounding, Scalars, exact_power, random_bits, update_
 from .fast_power import LARGEST_EXPONENT, PARTS, fast_power, split_exponent
 
 _ROW = 64
-_PLAIN = len(Scalars._fields) - 1  # all but the form
+_PLAIN = len(Scalars._fields) - 3  # how many `Scalars.numbers` there are
 
 
 @functools.cache
@@ -51,16 +51,19 @@ def step(
     exp_avg_sqs: list[Tensor],
     scalars: Scalars,
     rounding: Rounding | None = None,
+    s: list[Tensor] | None = None,
 ) -> None:
     """Take one step on every tensor, in place."""
-    dtypes = [tensors[0].dtype for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+    lists = [params, grads, exp_avgs, exp_avg_sqs, *([s] if s else [])]
+    dtypes = [tensors[0].dtype for tensors in lists]
     arithmetic = torch.promote_types(dtypes[0], torch.float32)
     fast = arithmetic == torch.float32 and abs(scalars.exponent) <= LARGEST_EXPONENT
-    kernel = _kernel(scalars.form, fast, rounding is not None, *dtypes)
+    kernel = _kernel(scalars.form, scalars.late_decay, fast, rounding is not None, *dtypes)
     parts = split_exponent(scalars.exponent) if fast else ()
-    values = torch.tensor([*scalars[1:], *parts], dtype=arithmetic)
+    rate = [scalars.s_rate] if s else []
+    values = torch.tensor([*scalars.numbers, *rate, *parts], dtype=arithmetic)
     numbers = [values]
-    for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+    for i, tensors in enumerate(zip(*lists, strict=True)):
         if rounding is not None:
             numbers = [values, torch.tensor([rounding.tensor_keys[i], rounding.step_key, 0], dtype=torch.int32)]
         if tensors[0].numel() % _ROW == 0 and all([t.is_contiguous() for t in tensors]):
@@ -68,7 +71,8 @@ def step(
                 kernel([*[t.view(-1, _ROW) for t in tensors], *numbers])
         else:
             _step_irregular(kernel, tensors, numbers)
-    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])  # as any in-place operation does
+    written = [*params, *exp_avgs, *exp_avg_sqs, *(s or ())]
+    torch.autograd.graph.increment_version(written)  # as any in-place operation does
 
 
 def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], numbers: list[Tensor]) -> None:
@@ -89,37 +93,47 @@ def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], 
         for t, padded in zip(flat, rest, strict=True):
             if t is not flat[1]:
                 t[whole:] = padded[: param.numel() - whole]
-    for i in (0, 2, 3):
-        if flat[i].data_ptr() != tensors[i].data_ptr():  # it was a copy
-            tensors[i].copy_(flat[i].view_as(tensors[i]))
+    for i, (t, own) in enumerate(zip(flat, tensors, strict=True)):
+        if i != 1 and t.data_ptr() != own.data_ptr():  # it was a copy
+            own.copy_(t.view_as(own))
 
 
 @functools.cache
-def _kernel(form: Form, fast: bool, rounds: bool, *dtypes: torch.dtype) -> Callable[..., object]:
-    """Compile `update_` for one form and one set of dtypes.
+def _kernel(form: Form, late: bool, fast: bool, rounds: bool, *dtypes: torch.dtype) -> Callable[..., object]:
+    """Compile `update_` for one form and one set of dtypes: four, or five with that of `s`.
 
     Returns:
-        ``kernel(param, grad, exp_avg, exp_avg_sq, values, keys)``: four tensors of shape (rows, _ROW), of these
-        dtypes; the numbers in `Scalars`, followed by the parts of the exponent if `fast`; and, only if it `rounds`
-        stochastically, the keys of the tensor and of the step and the position of the first element.
+        ``kernel(param, grad, exp_avg, exp_avg_sq[, s], values, keys)``: tensors of shape (rows, _ROW), of these
+        dtypes; the numbers in `Scalars`, followed by its `s_rate` if there is `s` and the parts of the exponent if
+        `fast`; and, only if it `rounds` stochastically, the keys of the tensor and of the step and the position of
+        the first element.
     """
     from . import inductor
 
     power: Any = fast_power if fast else exact_power
+    follows = len(dtypes) == 5
 
     # No annotations: they would end up in inductor's cache key.
-    def kernel(param, grad, exp_avg, exp_avg_sq, values, *keys):
-        scalars = Scalars(form, *values[:_PLAIN].unbind())
+    def take_step(param, grad, exp_avg, exp_avg_sq, values, keys, s=None):
+        scalars = Scalars(form, *values[:_PLAIN].unbind())._replace(late_decay=late)
+        if follows:
+            scalars = scalars._replace(s_rate=values[_PLAIN])
         if fast:
-            scalars = scalars._replace(exponent=values[_PLAIN:].unbind())
+            scalars = scalars._replace(exponent=values[_PLAIN + follows :].unbind())
         bits = None
         if rounds:
             tensor_key, step_key, start = keys[0].unbind()
             rows, columns = (torch.arange(n, dtype=torch.int32) for n in param.shape)
             bits = random_bits(rows[:, None] * _ROW + columns + start, tensor_key, step_key)
-        update_(param, grad, exp_avg, exp_avg_sq, scalars, power, bits)
+        update_(param, grad, exp_avg, exp_avg_sq, scalars, power, bits, s)
         return ()
 
-    values = torch.empty(_PLAIN + PARTS * fast, dtype=torch.promote_types(dtypes[0], torch.float32))
+    def kernel(param, grad, exp_avg, exp_avg_sq, values, *keys):
+        return take_step(param, grad, exp_avg, exp_avg_sq, values, keys)
+
+    def kernel_with_s(param, grad, exp_avg, exp_avg_sq, s, values, *keys):
+        return take_step(param, grad, exp_avg, exp_avg_sq, values, keys, s)
+
+    values = torch.empty(_PLAIN + follows + PARTS * fast, dtype=torch.promote_types(dtypes[0], torch.float32))
     keys = [torch.empty(3, dtype=torch.int32)] * rounds
-    return inductor.compile_over_rows(kernel, dtypes, _ROW, values, *keys)
+    return inductor.compile_over_rows(kernel_with_s if follows else kernel, dtypes, _ROW, values, *keys)

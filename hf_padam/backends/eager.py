@@ -20,6 +20,7 @@ def step(
     exp_avg_sqs: list[Tensor],
     scalars: Scalars,
     rounding: Rounding | None = None,
+    s: list[Tensor] | None = None,
 ) -> None:
     """Take one step on every tensor, in place."""
     for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
@@ -27,4 +28,4 @@ def step(
         if rounding is not None:
             position = torch.arange(tensors[0].numel(), device=tensors[0].device).to(torch.int32)
             bits = random_bits(position.view(tensors[0].shape), rounding.tensor_keys[i], rounding.step_key)
-        update_(*tensors, scalars, bits=bits)
+        update_(*tensors, scalars, bits=bits, s=s[i] if s else None)

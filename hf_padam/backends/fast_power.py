@@ -64,7 +64,8 @@ def split_exponent(y: float) -> tuple[float, ...]:
     points = torch.cos((points + 0.5) * math.pi / (_DEGREE + 1)) / 2
     powers = points[:, None] ** torch.arange(_DEGREE + 1)
     coefficients = torch.linalg.solve(powers, (1.5 + points) ** y)
-    return upper, y - upper, math.inf if y < 0 else 0.0, *coefficients.tolist()
+    at_zero = math.inf if y < 0 else 0.0**y
+    return upper, y - upper, at_zero, *coefficients.tolist()
 
 
 def _polynomial(coefficients: Sequence[float | Tensor], x: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ def step(
     exp_avg_sqs: list[Tensor],
     scalars: Scalars,
     rounding: Rounding | None = None,
+    s: list[Tensor] | None = None,
 ) -> None:
     """Take one step on every tensor, in place.
 
@@ -80,21 +81,21 @@ def step(
     """
     if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("PAdam's step cannot be captured in a CUDA graph: capture forward and backward only")
-    lists = (params, grads, exp_avgs, exp_avg_sqs)
-    regular: tuple[list[Tensor], ...] = ([], [], [], [])
+    lists = (params, grads, exp_avgs, exp_avg_sqs, *([s] if s else []))
+    regular: tuple[list[Tensor], ...] = tuple([] for _ in lists)
     keys = []
     for i, tensors in enumerate(zip(*lists, strict=True)):
-        if not _one_dense_layout(tensors) or tensors[0].dtype == torch.float64:
-            param, grad, exp_avg, exp_avg_sq = tensors
+        if not _one_dense_layout(tensors) or torch.float64 in (tensors[0].dtype, tensors[-1].dtype):
+            param, grad, exp_avg, exp_avg_sq = tensors[:4]
             own = rounding and rounding._replace(tensor_keys=[rounding.tensor_keys[i]])
-            eager.step([param], [grad], [exp_avg], [exp_avg_sq], scalars, own)
+            eager.step([param], [grad], [exp_avg], [exp_avg_sq], scalars, own, s and [s[i]])
         elif tensors[0].numel():
             keys.append(rounding.tensor_keys[i] if rounding else 0)
             for values, tensor in zip(regular, tensors, strict=True):
                 values.append(tensor)
     if regular[0]:
         _launch(regular, scalars, tuple(keys), rounding)
-        torch.autograd.graph.increment_version([*regular[0], *regular[2], *regular[3]])
+        torch.autograd.graph.increment_version([t for tensors in (regular[0], *regular[2:]) for t in tensors])
 
 
 def _one_dense_layout(tensors: tuple[Tensor, ...]) -> bool:
@@ -112,9 +113,10 @@ def _launch(
 
     params = lists[0]
     addresses = [tuple([t.data_ptr() for t in tensors]) for tensors in lists]
-    table = _table(params[0].device, *addresses[::2], addresses[3], tuple([t.numel() for t in params]), keys)
+    lengths = tuple([t.numel() for t in params])
+    table = _table(params[0].device, addresses[0], addresses[2], addresses[3], lengths, keys, *addresses[4:])
     table.point_to_gradients(addresses[1])
-    dtypes = {name: _triton_dtype(tensors[0].dtype) for name, tensors in zip(_DTYPES, lists, strict=True)}
+    dtypes = {name: _triton_dtype(tensors[0].dtype) for name, tensors in zip(_DTYPES, lists, strict=False)}
     device = params[0].device
     # Triton launches on the current device, which need not be the tensors'.
     with contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device):
@@ -126,9 +128,11 @@ def _launch(
             table.keys,
             rounding.step_key if rounding else 0,
             len(params),
-            *scalars[1:],
+            *scalars.numbers,
             *split_exponent(scalars.exponent)[:3],
+            scalars.s_rate if len(lists) == 5 else None,
             FORM=FORM_NUMBER[scalars.form],
+            LATE=scalars.late_decay,
             **dtypes,
             ROUND=rounding is not None,
             ALIGNED=table.aligned and all(address % 16 == 0 for address in addresses[1]),
@@ -159,10 +163,11 @@ class _Table:
         exp_avg_sqs: tuple[int, ...],
         lengths: tuple[int, ...],
         keys: tuple[int, ...],
+        *s: tuple[int, ...],
     ) -> None:
         """Build the tables from addresses, numbers of elements and random keys; the gradients' addresses follow."""
         self.gradients: tuple[int, ...] = (0,) * len(params)
-        self.pointers = _upload([params, self.gradients, exp_avgs, exp_avg_sqs], device)
+        self.pointers = _upload([params, self.gradients, exp_avgs, exp_avg_sqs, *s], device)
         self.lengths = _upload(lengths, device)
         self.keys = _upload(keys, device).to(torch.int32)
         counts = (torch.tensor(lengths) + _BLOCK - 1) // _BLOCK
@@ -170,7 +175,7 @@ class _Table:
         first_blocks = counts.cumsum(0) - counts
         starts = (torch.arange(len(tensors)) - first_blocks[tensors]) * _BLOCK
         self.block_tensors, self.block_starts = tensors.to(torch.int32).to(device), starts.to(device)
-        aligned_addresses = all(address % 16 == 0 for address in (*params, *exp_avgs, *exp_avg_sqs))
+        aligned_addresses = all(address % 16 == 0 for row in (params, exp_avgs, exp_avg_sqs, *s) for address in row)
         self.aligned = aligned_addresses and all(length % 16 == 0 for length in lengths)
 
     def point_to_gradients(self, addresses: tuple[int, ...]) -> None:

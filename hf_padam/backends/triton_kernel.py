@@ -77,7 +77,7 @@ def round_stochastically(x, bits):
 
 @triton.jit(do_not_specialize=["step_key"])
 def step_kernel(
-    pointers,  # int64 (4, tensors): addresses of the parameters, gradients, first and second moments
+    pointers,  # int64 (4 or 5, tensors): addresses of the parameters, gradients, first and second moments, and s
     lengths,  # int64 (tensors,)
     block_tensors,  # int32 (blocks,): which tensor a block belongs to
     block_starts,  # int64 (blocks,): its first element there
@@ -97,7 +97,9 @@ def step_kernel(
     y_upper,
     y_lower,
     at_zero,
+    s_rate,  # None, which makes it a constant, if there is no s
     FORM: tl.constexpr,
+    LATE: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     MOMENT1: tl.constexpr,
@@ -132,8 +134,22 @@ def step_kernel(
     second = beta2 * second + one_minus_beta2 * gradient * gradient
     # 2. Adam's step, bias corrections folded into the scalars.
     stepped = weight - step_size * (first / (tl.sqrt(second) * inverse_root_correction2 + eps))
-    # 3. pWD: shrink by the factor of the weight before the step.
-    new = stepped / inverse_factor(weight, shrink, decay, y, y_upper, y_lower, at_zero, FORM)
+    # 3. pWD: shrink by the factor of the weight before the step; or after it; or of what follows the weight.
+    if s_rate is not None:
+        auxiliary = tl.load(row + 4 * tensors).to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            auxiliary = tl.multiple_of(auxiliary, 16)
+        s = tl.load(auxiliary + at, mask=inside, other=0.0)
+        s = (1 - s_rate) * s + s_rate * power(tl.abs(weight), y, y_upper, y_lower, at_zero)
+        tl.store(auxiliary + at, s, mask=inside)
+        if FORM == NONE:
+            new = stepped / shrink
+        else:
+            new = stepped / (shrink + decay * s)
+    elif LATE:
+        new = stepped / inverse_factor(stepped, shrink, decay, y, y_upper, y_lower, at_zero, FORM)
+    else:
+        new = stepped / inverse_factor(weight, shrink, decay, y, y_upper, y_lower, at_zero, FORM)
     # 4. What is as good as dead is zero, on every device alike.
     if FORM == HALF or FORM == ONE or FORM == THREE_HALVES or FORM == BELOW_TWO:
         new = tl.where(tl.abs(new) < _FLUSH, 0.0, new)
