@@ -10,6 +10,7 @@ from .metrics import Perplexity, WeightSparsity, sequence_nll
 from .optimizer import PAdam
 from .param_groups import decayed_parameters, get_param_groups
 from .pnorm_decay import add_pnorm_decay
+from .schedules import PNormScheduleCallback, PNormScheduler, p_norm_at
 from .target_sparsity import TargetSparsity, TargetSparsityCallback
 from .trainer import PAdamTrainer, PAdamTrainingArguments
 
@@ -19,6 +20,8 @@ __all__ = [
     "PAdam8bit",
     "PAdamTrainer",
     "PAdamTrainingArguments",
+    "PNormScheduleCallback",
+    "PNormScheduler",
     "Perplexity",
     "TargetSparsity",
     "TargetSparsityCallback",
@@ -26,6 +29,7 @@ __all__ = [
     "add_pnorm_decay",
     "decayed_parameters",
     "get_param_groups",
+    "p_norm_at",
     "sequence_nll",
 ]
 

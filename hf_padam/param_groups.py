@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
 from .optimizer import DEFAULT_LAMBDA_P, DEFAULT_P_NORM
+from .schedules import FINAL
 
 
 def decayed_parameters(
@@ -67,6 +68,9 @@ def get_param_groups(
     p_norm: float = DEFAULT_P_NORM,
     lambda_p: float = DEFAULT_LAMBDA_P,
     weight_decay: float = 0.0,
+    p_norm_start: float | None = None,
+    late_decay: bool = False,
+    s_rate: float = 1.0,
     decay_embeddings: bool = False,
     target_modules: str | list[str] | None = None,
     dense_modules: str | list[str] | None = None,
@@ -78,6 +82,9 @@ def get_param_groups(
         p_norm: See `PAdam`.
         lambda_p: See `PAdam`; 0 in the second group.
         weight_decay: See `PAdam`; 0 in the second group.
+        p_norm_start: Where p starts if a schedule is to move it to `p_norm` (see `PNormScheduler`).
+        late_decay: See `PAdam`.
+        s_rate: See `PAdam`.
         decay_embeddings: See `decayed_parameters`.
         target_modules: See `decayed_parameters`.
         dense_modules: See `decayed_parameters`.
@@ -94,6 +101,12 @@ def get_param_groups(
     groups: list[dict[str, Any]] = [
         {"params": list(decayed.items()), "p_norm": p_norm, "lambda_p": lambda_p, "weight_decay": weight_decay}
     ]
+    if p_norm_start is not None:
+        groups[0] |= {"p_norm": p_norm_start, FINAL: p_norm}
+    if late_decay:
+        groups[0]["late_decay"] = late_decay
+    if s_rate != 1:
+        groups[0]["s_rate"] = s_rate
     if others:
         groups.append({"params": others, "p_norm": p_norm, "lambda_p": 0.0, "weight_decay": 0.0})
     return groups

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.training_args import OptimizerNames, TrainingArguments
 
 from .backends import CHOICES
-from .eight_bit import PAdam8bit, check_installed
+from .eight_bit import S_REFUSAL, PAdam8bit, check_installed
 from .optimizer import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, PAdam, check_hyperparameters
 from .param_groups import get_param_groups
 from .target_sparsity import DEFAULT_END, DEFAULT_START, SCOPES, CallbackFromGroups, check_plan, check_steerable
@@ -67,6 +67,8 @@ OPTIONS = {
     "p_norm": Option(_number, DEFAULT_P_NORM, "a positive number, the p of the norm; below 2 it makes zeros"),
     "lambda_p": Option(_number, DEFAULT_LAMBDA_P, "a number of at least 0, the strength of the p-norm decay"),
     "decay_embeddings": Option(_boolean, False, "true or false, whether embeddings and output head decay too"),
+    "late_decay": Option(_boolean, False, "true or false, whether the decay's factor is of the weight after the step"),
+    "s_rate": Option(_number, 1.0, "a number above 0, at most 1, how fast the decay follows a weight; 1 is at once"),
     "bf16_stochastic_round": Option(_boolean, False, "true or false, how weights stored in bf16 are rounded"),
     "dense_modules": Option(str, None, "a regular expression, the names of modules that do not decay"),
     "target_sparsity": Option(
@@ -158,6 +160,8 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
             )
     elif options["target_scope"] not in SCOPES:
         raise ValueError(f"target_scope={options['target_scope']!r} is not one of {', '.join(SCOPES)}")
+    if optimizer_class is PAdam8bit and options["s_rate"] < 1:
+        raise ValueError(S_REFUSAL.format(options["s_rate"]))
     return options
 
 
@@ -210,12 +214,18 @@ def build_optimizer(
 class _Factory:
     """Called by the Trainer as ``_Factory()(model, **options)``, for it is not an Optimizer class."""
 
-    def __call__(self, model: nn.Module, **options: Any) -> PAdam:
+    def __call__(self, model: nn.Module, *, p_norm_schedule: str = "constant", **options: Any) -> PAdam:
+        if p_norm_schedule != "constant":
+            raise ValueError(
+                f"p_norm_schedule={p_norm_schedule!r} would have no effect: this Trainer does not move p. Use "
+                'PAdamTrainer; or leave p_norm_schedule at "constant" and add PNormScheduleCallback to the callbacks'
+            )
         return build_optimizer(model, **options)
 
 
 def _handler(context: Any) -> tuple[type[_Factory], dict[str, Any]]:
-    return _Factory, optimizer_options(context.args)
+    schedule = {"p_norm_schedule": getattr(context.args, "p_norm_schedule", "constant")}
+    return _Factory, optimizer_options(context.args) | schedule
 
 
 def _malformed(optim_args: str | None) -> str:

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 RUN_STATE = "run_state.json"
 _SETTINGS = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
-    "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16", "fp16",
+    "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16", "fp16", "p_norm_schedule", "p_norm_start",
+    "p_norm_schedule_share",
 )  # fmt: skip
 
 
@@ -143,7 +144,8 @@ class ResumableTrainer(Trainer):
 
     def _settings(self) -> dict[str, Any]:
         """Return what shapes a run's weights and is not in its optimizer's state."""
-        settings = {name: getattr(self.args, name) for name in _SETTINGS} | {"processes": self.args.world_size}
+        settings = {name: getattr(self.args, name) for name in _SETTINGS if hasattr(self.args, name)}
+        settings["processes"] = self.args.world_size
         return json.loads(json.dumps(settings, default=str))
 
 

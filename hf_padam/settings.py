@@ -11,15 +11,17 @@ from accelerate.utils import DistributedType
 from torch.optim import Optimizer
 
 from .checkpoints import CheckpointError
+from .schedules import FINAL
 from .target_sparsity import STATE
 
 logger = logging.getLogger(__name__)
 
 
 def hyperparameters(optimizer: Optimizer) -> dict[str, list[Any]]:
-    """Return the hyperparameters of an optimizer's groups, by name; learning rates as a schedule starts from them."""
+    """Return the hyperparameters of an optimizer's groups, by name: those that schedules move, as they do not."""
     groups = [{**group, "lr": group.get("initial_lr", group["lr"])} for group in optimizer.param_groups]
-    names = set(groups[0]) - {"params", "param_names", "initial_lr", *STATE}
+    groups = [group | ({"p_norm": group[FINAL]} if FINAL in group else {}) for group in groups]
+    names = set(groups[0]) - {"params", "param_names", "initial_lr", FINAL, *STATE}
     if "target_sparsity" in names:
         names.remove("lambda_p")  # a result
     return {name: [group.get(name) for group in groups] for name in sorted(names)}

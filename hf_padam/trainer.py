@@ -24,6 +24,7 @@ from .other_optimizers import asks_for_decay, attach_decay, check_decay_options,
 from .param_groups import decayed_parameters
 from .registration import NAME, OPTIMIZERS, OPTIONS, optimizer_options
 from .resumable import ResumableTrainer
+from .schedules import DEFAULT_SHARE, DEFAULT_START, SHAPES, PNormScheduleCallback, check_schedule, scheduled_p_norm
 from .settings import check_added_decay
 from .target_sparsity import SCOPES
 
@@ -69,6 +70,27 @@ class PAdamTrainingArguments(TrainingArguments):
             "help": "Strength of the p-norm decay. More makes more zeros; 0 turns it off. Adds the decay to any other "
             f"optim too. Default: {OPTIONS['lambda_p'].default} with padam and padam_8bit, no decay with others."
         },
+    )
+    p_norm_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "How p moves from p_norm_start to p_norm. PAdamTrainer moves it.",
+            "choices": list(SHAPES),
+        },
+    )
+    p_norm_start: float = field(
+        default=DEFAULT_START, metadata={"help": "p of the first step, under a schedule; at 2 zeros may grow."}
+    )
+    p_norm_schedule_share: float = field(
+        default=DEFAULT_SHARE, metadata={"help": "Share of the training steps over which p moves."}
+    )
+    late_decay: bool = field(
+        default=OPTIONS["late_decay"].default,
+        metadata={"help": "Take the decay's factor from the weight after the step. Makes few exact zeros."},
+    )
+    s_rate: float = field(
+        default=OPTIONS["s_rate"].default,
+        metadata={"help": "How fast the p-norm decay follows a weight, above 0, at most 1, which is at once."},
     )
     decay_embeddings: bool = field(
         default=OPTIONS["decay_embeddings"].default,
@@ -128,6 +150,7 @@ class PAdamTrainingArguments(TrainingArguments):
                     raise ValueError(f"{name}={value!r} is not a list in JSON: {error}") from error
         if self.nonfinite_gradients not in ("stop", "skip"):
             raise ValueError(f"nonfinite_gradients={self.nonfinite_gradients!r} is not allowed: it is stop or skip")
+        check_schedule(self.p_norm_start, self.p_norm_schedule_share, self.p_norm_schedule)
         if OptimizerNames(self.optim).value in OPTIMIZERS:
             optimizer_options(self)
         else:
@@ -150,7 +173,8 @@ class PAdamTrainer(ResumableTrainer):
     * ``eval_sparsity`` is the share of exact zeros among the weights that the p-norm decay acts on;
       ``eval_sparsity_total`` that among all parameters, frozen ones included and each tied weight counted once.
 
-    Both sparsities are also in the training logs, so they reach whatever `report_to` names. Works with any optimizer.
+    Both sparsities are also in the training logs, so they reach whatever `report_to` names; so is `p_norm` while
+    `p_norm_schedule` moves it. Works with any optimizer.
 
     Runs go on exactly after a kill (see `ResumableTrainer`), and a gradient that is not finite is never applied.
     """
@@ -178,6 +202,19 @@ class PAdamTrainer(ResumableTrainer):
         super()._check_settings(checkpoint, saved)
         if _ADDED_DECAY in saved:
             check_added_decay(checkpoint, saved[_ADDED_DECAY], asks_for_decay(self.args))
+        if not any(isinstance(callback, PNormScheduleCallback) for callback in self.callback_handler.callbacks):
+            start = getattr(self.args, "p_norm_start", DEFAULT_START)
+            share = getattr(self.args, "p_norm_schedule_share", DEFAULT_SHARE)
+            shape = getattr(self.args, "p_norm_schedule", "constant")
+            self.add_callback(PNormScheduleCallback(start, share, shape))
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """Return what the optimizer is built with: under a schedule, groups that begin at its start."""
+        factory, options = ResumableTrainer.get_optimizer_cls_and_kwargs(args, model)
+        if options.pop("p_norm_schedule", "constant") != "constant":
+            options["p_norm_start"] = getattr(args, "p_norm_start", DEFAULT_START)
+        return factory, options
 
     def decayed_names(self) -> list[str]:
         """Return the names of the weights that the p-norm decay acts on, or would with `optim="padam"`."""
@@ -215,6 +252,9 @@ class PAdamTrainer(ResumableTrainer):
         """Add sparsity to every log of training progress."""
         if "loss" in logs:
             logs |= self.sparsity()
+            p_norm = scheduled_p_norm(self.optimizer)
+            if p_norm is not None:
+                logs["p_norm"] = p_norm
         super().log(logs, start_time)
 
     def prediction_step(

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator, get_scheduler
 
-from hf_padam import PAdam, Perplexity, TargetSparsity, WeightSparsity, get_param_groups
+from hf_padam import PAdam, Perplexity, PNormScheduler, TargetSparsity, WeightSparsity, get_param_groups
 from hf_padam.gradients import check_gradient_norm
 from hf_padam.interruption import EXIT_STATUS, StopSignal
 from hf_padam.metrics import sequence_nll
@@ -67,6 +67,9 @@ def main() -> None:
             p_norm=args.p_norm,
             lambda_p=args.lambda_p,
             weight_decay=args.weight_decay,
+            p_norm_start=None if args.p_norm_schedule == "constant" else args.p_norm_start,
+            late_decay=args.late_decay,
+            s_rate=args.s_rate,
             decay_embeddings=args.decay_embeddings,
         )
         decayed = [name for name, _ in groups[0]["params"]]
@@ -100,6 +103,8 @@ def main() -> None:
             TargetSparsity(optimizer, args.target_sparsity, total_steps)
         except ValueError as error:
             raise UsageError(f"--target_sparsity: {error}") from error
+    p_schedule = (args.p_norm_start, args.p_norm_schedule_share, args.p_norm_schedule)
+    p_scheduler = PNormScheduler(optimizer, total_steps, *p_schedule)
     if args.report_to != "none":
         accelerator.init_trackers("padam")
 
@@ -140,6 +145,7 @@ def main() -> None:
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
                         check_gradient_norm(norm, progress.step + 1, accelerator)
+                        p_scheduler.step(progress.step)  # whose p depends on the steps so far, resumed or not
                         optimizer.step()
                         scheduler.step()
                         optimizer.zero_grad()
@@ -155,9 +161,12 @@ def main() -> None:
                 if progress.step % args.logging_steps == 0 or last:
                     mean_loss = accelerator.gather(torch.stack(progress.losses)).mean().item()
                     sparsity = WeightSparsity().compute(model=plain, decayed=decayed)["sparsity"]
-                    progress.history.append({"step": progress.step, "loss": mean_loss, "sparsity": sparsity})
+                    row = {"loss": mean_loss, "sparsity": sparsity}
+                    if args.p_norm_schedule != "constant":
+                        row["p_norm"] = p_scheduler.get_last_p_norm()[0]
+                    progress.history.append({"step": progress.step, **row})
                     bar.set_postfix(loss=f"{mean_loss:.3f}", sparsity=f"{sparsity:.2%}")
-                    accelerator.log({"loss": mean_loss, "sparsity": sparsity}, step=progress.step)
+                    accelerator.log(row, step=progress.step)
                     progress.losses.clear()
                 stopping = stop.agreed()
                 if stopping or args.saves_at(progress.step, last):

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 
 from hf_padam.checkpoints import resolve_checkpoint, rotate_checkpoints, staged_checkpoint
+from hf_padam.schedules import check_schedule
 from hf_padam.settings import check_world_size, hyperparameters, warn_of_other_settings
 
 from .errors import UsageError
@@ -31,6 +32,14 @@ class LoopArguments:
         default=None, metadata={"help": "Share of the decayed weights that is to be zero in the end; finds lambda_p."}
     )
     weight_decay: float = field(default=0.0, metadata={"help": "Strength of the L2 decay."})
+    p_norm_schedule: str = field(
+        default="constant",
+        metadata={"help": "How p moves from p_norm_start to p_norm.", "choices": ["constant", "linear", "cosine"]},
+    )
+    p_norm_start: float = field(default=2.0, metadata={"help": "p of the first step, under a schedule."})
+    p_norm_schedule_share: float = field(default=0.5, metadata={"help": "Share of the steps over which p moves."})
+    late_decay: bool = field(default=False, metadata={"help": "Take the factor from the weight after the step."})
+    s_rate: float = field(default=1.0, metadata={"help": "How fast the decay follows a weight; 1 is at once."})
     decay_embeddings: bool = field(default=False, metadata={"help": "Decay embeddings and the output head too."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the data, unless max_steps is set."})
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps."})
@@ -55,6 +64,10 @@ class LoopArguments:
         for name in (*sizes, "logging_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)} is too small: it must be at least 1")
+        try:
+            check_schedule(self.p_norm_start, self.p_norm_schedule_share, self.p_norm_schedule)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
     def saves_at(self, step: int, last: bool) -> bool:
         """Whether a checkpoint is due after a step."""
