@@ -93,7 +93,7 @@ _CURE = (
 
 def scheduled_p_norm(optimizer: Any) -> float | None:
     """Return the present p of the first group that has a schedule, or None if none has."""
-    return next((group["p_norm"] for group in optimizer.param_groups if FINAL in group), None)
+    return next((group["p_norm"] for group in getattr(optimizer, "param_groups", ()) if FINAL in group), None)
 
 
 class PNormScheduler:

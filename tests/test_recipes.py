@@ -87,6 +87,8 @@ def test_both_recipes_do_the_same_job(tmp_path, model_dir, text_file):
             output_dir=out,
             max_train_samples=4,
             max_steps=8,
+            p_norm_schedule="cosine",
+            s_rate=0.5,
         )
         assert run_recipe(recipe, config).returncode == 0
         results.append(json.loads((out / "results.json").read_text()))
@@ -94,14 +96,18 @@ def test_both_recipes_do_the_same_job(tmp_path, model_dir, text_file):
         assert results[0][key] == pytest.approx(results[1][key], rel=1e-4), key
 
 
-def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(tmp_path, model_dir, text_file):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(tmp_path, model_dir, text_file, recipe):
+    """With everything that moves."""
     settings = {"model_name_or_path": model_dir, "train_file": text_file, "max_steps": 12}
+    settings |= {"p_norm_schedule": "linear", "s_rate": 0.5}
     config = write_config(tmp_path, **settings, save_strategy="steps", save_steps=4)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    assert run_recipe("finetune_clm.py", config, "--output_dir", whole).returncode == 0
+    assert run_recipe(recipe, config, "--output_dir", whole).returncode == 0
     shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")
-    result = run_recipe("finetune_clm.py", config, "--output_dir", resumed, "--resume_from_checkpoint", "true")
+    result = run_recipe(recipe, config, "--output_dir", resumed, "--resume_from_checkpoint", "true")
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "other settings" not in result.stderr
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     one, other = (json.loads((out / "results.json").read_text()) for out in (whole, resumed))
     for key in ("test_perplexity", "test_perplexity_before", "sparsity", "train_steps"):

@@ -60,7 +60,7 @@ def test_arguments_mean_what_they_mean_for_adamw(tmp_path):
         adam_beta2=0.95,
         adam_epsilon=1e-6,
         weight_decay=0.2,
-        optim_args="p_norm=0.6, lambda_p=0.4, backend=eager",
+        optim_args="p_norm=0.6, lambda_p=0.4, s_rate=0.5, backend=eager",
     )
     optimizer = optimizer_for(args)
     decayed, others = optimizer.param_groups
@@ -68,6 +68,7 @@ def test_arguments_mean_what_they_mean_for_adamw(tmp_path):
     for group in (decayed, others):
         assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.8, 0.95), 1e-6)
     assert (decayed["p_norm"], decayed["lambda_p"], decayed["weight_decay"]) == (0.6, 0.4, 0.2)
+    assert (decayed["s_rate"], others["s_rate"]) == (0.5, 1.0)
     assert (others["lambda_p"], others["weight_decay"]) == (0.0, 0.0)
 
 
@@ -87,6 +88,7 @@ def test_typed_fields_and_optim_args_build_the_same_optimizer(tmp_path):
         ("p_norm=0.5", {"p_norm": 0.5}),
         ("decay_embeddings=False", {"decay_embeddings": False}),
         ("decay_embeddings=true, lambda_p=2", {"decay_embeddings": True, "lambda_p": 2.0}),
+        ("late_decay=on,s_rate=0.1", {"late_decay": True, "s_rate": 0.1}),
     ],
 )
 def test_optim_args_are_typed(text, expected):
@@ -108,6 +110,8 @@ def test_optim_args_are_typed(text, expected):
         ("p_norm=nan", "p_norm=nan is not allowed"),
         ("lambda_p=-1", "lambda_p=-1.0 is not allowed"),
         ("lambda_p=inf", "lambda_p=inf is not allowed"),
+        ("s_rate=2", "s_rate=2.0 is not allowed"),
+        ("s_rate=0.5,late_decay=true", "exclude each other"),
     ],
 )
 def test_bad_optim_args_are_one_clear_error(tmp_path, text, message):
