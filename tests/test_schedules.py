@@ -83,13 +83,13 @@ def test_a_loop_follows_the_oracle_step_by_step_and_resumes_to_the_bit(backend, 
     for step in range(20):
         oracle.p = expected_p(step, 20, 0.8, share=0.6, shape="cosine")
         assert scheduler.get_last_p_norm() == pytest.approx([oracle.p, 0.7])
+        assert hyperparameters(optimizer)["p_norm"] == [0.8, 0.7], "what the settings are, not where p is"
         loop(param, optimizer, scheduler, [step])
         oracle.step(param.grad.double().numpy())
         np.testing.assert_allclose(param.detach().double().numpy(), oracle.w, rtol=1e-3, atol=2e-6)
         if step == 7:
             torch.save([param.detach(), optimizer.state_dict(), scheduler.state_dict()], tmp_path / "saved.pt")
     assert compiled._kernel.cache_info().misses - kernels <= 2, "p = 2 and p < 2"
-    assert hyperparameters(optimizer)["p_norm"] == [0.8, 0.7], "what the settings are, not where p is"
 
     saved, optimizer_state, scheduler_state = torch.load(tmp_path / "saved.pt")
     resumed, other, other_scheduler = build(saved)
