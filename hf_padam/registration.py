@@ -147,7 +147,7 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
     check_hyperparameters(options)
     if options["target_sparsity"] is not None:
         check_plan(options["target_sparsity"], options["target_start"], options["target_end"])
-        check_steerable(options)
+        check_steerable(options | {"p_norm_schedule": getattr(args, "p_norm_schedule", "constant")})
         if lambda_given:
             raise ValueError(
                 f"target_sparsity={options['target_sparsity']!r} and lambda_p={options['lambda_p']!r} exclude each "

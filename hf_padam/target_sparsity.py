@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -285,12 +285,18 @@ class CallbackFromGroups(TargetSparsityCallback):
             super().on_train_begin(args, state, control, **kwargs)
 
 
-def check_steerable(group: dict[str, Any]) -> None:
-    """Check that zeros can be made in a parameter group, and that they stay.
+def check_steerable(group: Mapping[str, Any]) -> None:
+    """Check that zeros can be made with a parameter group's options, and that they stay.
 
     Raises:
         ValueError: If not.
     """
+    for option, plain in (("late_decay", False), ("s_rate", 1.0), ("p_norm_schedule", "constant")):
+        if group.get(option, plain) != plain:
+            raise ValueError(
+                f"target_sparsity and {option}={group[option]!r} exclude each other: the path to the target is "
+                "planned for the plain decay. Drop one of them"
+            )
     if group["p_norm"] >= 2:
         raise ValueError(f"p_norm={group['p_norm']} makes no zeros, so no target_sparsity can be reached: take p < 2")
 

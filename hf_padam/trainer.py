@@ -185,6 +185,11 @@ class PAdamTrainer(ResumableTrainer):
         self._tokens: list[Tensor] = []
         if asks_for_decay(self.args) and self.is_deepspeed_enabled:
             check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        if not any(isinstance(callback, PNormScheduleCallback) for callback in self.callback_handler.callbacks):
+            start = getattr(self.args, "p_norm_start", DEFAULT_START)
+            share = getattr(self.args, "p_norm_schedule_share", DEFAULT_SHARE)
+            shape = getattr(self.args, "p_norm_schedule", "constant")
+            self.add_callback(PNormScheduleCallback(start, share, shape))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer; add a p-norm decay if the arguments ask for one and it is not PAdam."""
@@ -202,11 +207,6 @@ class PAdamTrainer(ResumableTrainer):
         super()._check_settings(checkpoint, saved)
         if _ADDED_DECAY in saved:
             check_added_decay(checkpoint, saved[_ADDED_DECAY], asks_for_decay(self.args))
-        if not any(isinstance(callback, PNormScheduleCallback) for callback in self.callback_handler.callbacks):
-            start = getattr(self.args, "p_norm_start", DEFAULT_START)
-            share = getattr(self.args, "p_norm_schedule_share", DEFAULT_SHARE)
-            shape = getattr(self.args, "p_norm_schedule", "constant")
-            self.add_callback(PNormScheduleCallback(start, share, shape))
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
