@@ -4,7 +4,9 @@ Importing this package registers the name "padam" with Transformers. PAdam is Ad
 for any p norm of arXiv 2404.10824; it is not the *partially adaptive* "Padam" of arXiv 1806.06763.
 """
 
+from . import compressed_loading as compressed_loading  # registers the loader of compressed models
 from . import registration
+from .compression import compress, decompress, save_compressed
 from .eight_bit import PAdam8bit
 from .metrics import Perplexity, WeightSparsity, sequence_nll
 from .optimizer import PAdam
@@ -27,9 +29,12 @@ __all__ = [
     "TargetSparsityCallback",
     "WeightSparsity",
     "add_pnorm_decay",
+    "compress",
     "decayed_parameters",
+    "decompress",
     "get_param_groups",
     "p_norm_at",
+    "save_compressed",
     "sequence_nll",
 ]
 

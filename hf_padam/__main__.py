@@ -30,8 +30,65 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module, as in python -m")
     run.add_argument("script", metavar="SCRIPT", help="a Python file, or a module with -m")
     run.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="the script's own arguments")
+    for name, makes, source in (
+        ("compress", "a compressed directory of a model", "with safetensors files"),
+        ("decompress", "the standard directory of a compressed model", "that compress made"),
+    ):
+        command = commands.add_parser(name, help=f"make {makes}", description=f"Make {makes}, without loss.")
+        command.add_argument("source", metavar="DIR", help=f"a directory {source}, or the id of a model on the Hub")
+        command.add_argument("destination", metavar="OUT", help="the directory to make")
+        command.add_argument("--force", action="store_true", help="replace a model's directory at OUT")
+        if name == "compress":
+            command.add_argument("--push_to_hub", metavar="ID", help="upload OUT to this repository, too")
+    sparsity = commands.add_parser(
+        "sparsity",
+        help="show the sparsity of a checkpoint, layer by layer",
+        description="Show the zeros of a checkpoint's weights, layer by layer. The model is not built.",
+    )
+    sparsity.add_argument("model", metavar="MODEL", help="a directory, compressed or not, or a model's id on the Hub")
+    sparsity.add_argument("--json", metavar="FILE", help="write every tensor's figures; - for the standard output")
+    sparsity.add_argument("--picture", metavar="FILE", help="draw the zeros by layer (.png, .svg, .pdf)")
+    sparsity.add_argument("--pattern", metavar="N:M", default="2:4", help="the blocks to count (default %(default)s)")
     args = parser.parse_args(argv)
-    _run(run, args.script, args.arguments, args.module)
+    if args.command == "run":
+        _run(run, args.script, args.arguments, args.module)
+        return
+    try:
+        sys.stdout.write(_sparsity(args) if args.command == "sparsity" else _compression(args))
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"hf-padam {args.command}: {error}") from None
+
+
+def _compression(args: argparse.Namespace) -> str:
+    """Compress or decompress; return what to print."""
+    from .compression import compress, decompress, upload
+
+    if args.command == "decompress":
+        return f"{decompress(args.source, args.destination, force=args.force)} holds the standard checkpoint.\n"
+    result = compress(args.source, args.destination, force=args.force)
+    if args.push_to_hub:
+        upload(result.directory, args.push_to_hub)
+    return f"{result}\n"
+
+
+def _sparsity(args: argparse.Namespace) -> str:
+    """Make the report; return what to print."""
+    from .files import write_atomically
+    from .model_directory import ModelDirectory
+    from .sparsity_report import SparsityReport, parse_pattern
+
+    pattern = parse_pattern(args.pattern)
+    with ModelDirectory.find(args.model) as model:
+        if model.compressed:
+            model.check()
+        report = SparsityReport.of(model, pattern)
+    if args.picture:
+        report.draw(args.picture)
+    if args.json == "-":
+        return report.as_json()
+    if args.json:
+        write_atomically(args.json, report.as_json())
+    return f"{report}\n"
 
 
 def _run(parser: argparse.ArgumentParser, script: str, arguments: list[str], is_module: bool) -> None:

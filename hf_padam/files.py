@@ -75,6 +75,42 @@ def staged_directory(directory: str | Path, last: str | None = None) -> Iterator
         discard(temporary)
 
 
+@contextmanager
+def staged_new_directory(directory: str | Path, replace: bool = False) -> Iterator[Path]:
+    """Yield a hidden directory beside `directory`; rename it to `directory` if the block succeeds.
+
+    A kill leaves nothing under the directory's name, and what it leaves beside it is deleted by the next attempt.
+
+    Args:
+        directory: What is to appear, whole. It may exist if it is empty, or if `replace` is set.
+        replace: Whether to put it in the place of what is there.
+
+    Raises:
+        FileExistsError: If there is something already.
+        WriteError: If it could not be written, for want of space for example. What was there is untouched.
+    """
+    directory = Path(os.path.abspath(directory))
+    if not replace and directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists already: name another directory, or delete that one first")
+    temporary = directory.with_name(f".{directory.name}{INCOMPLETE}")
+    replaced = directory.with_name(f".{directory.name}.replaced")
+    discard(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        flush_tree(temporary)
+        if replace and directory.exists():
+            discard(replaced)
+            os.rename(directory, replaced)
+        os.rename(temporary, directory)
+        flush_directory(directory.parent)
+        discard(replaced)
+    except OSError as error:
+        raise WriteError(f"{directory} could not be written: {error}. {describe_disk(directory.parent)}") from error
+    finally:
+        discard(temporary)
+
+
 def discard(directory: Path) -> None:
     """Delete a directory of temporary files, if it is there."""
     shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,144 @@
+"""Load a compressed model through Transformers' plug-in for quantizers; what comes out is an ordinary dense model.
+
+The packed tensors keep their names, so they pass through whatever renaming and conversion Transformers has for a
+model; unpacking comes first of all conversions. Nothing of the plug-in stays with the model: it trains, saves and
+resumes like one that was loaded from a standard checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .model_directory import QUANT_METHOD, ModelDirectory, check_version, unpack
+from .packing import FORMAT_VERSION, REMEDY, CompressionError
+
+
+@register_quantization_config(QUANT_METHOD)
+class CompressedConfig(QuantizationConfigMixin):
+    """What the config.json of a compressed model says under `quantization_config`.
+
+    Args:
+        format_version: The version of the format.
+        quant_method: Always "hf_padam".
+        unknown: Anything else is an error.
+
+    Raises:
+        CompressionError: If the version is not known here, or there is something else.
+    """
+
+    def __init__(self, format_version: Any = None, quant_method: str = QUANT_METHOD, **unknown: Any) -> None:
+        check_version(format_version, "the model")
+        if unknown:
+            raise CompressionError(
+                f"the model's quantization_config has {', '.join(unknown)}, which version {FORMAT_VERSION} of "
+                f"hf_padam's format has not: its config.json is damaged. {REMEDY}"
+            )
+        self.quant_method = quant_method  # type: ignore[assignment]  # Transformers' enum has no custom names
+        self.format_version = format_version
+        self.dequantize = True  # Transformers then drops every trace of quantization from the loaded model
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json holds."""
+        return {"quant_method": self.quant_method, "format_version": self.format_version}
+
+
+class Unpack(ConversionOps):
+    """Turn the packed tensors of one or more names into dense ones."""
+
+    def __init__(self) -> None:
+        self.dtype: torch.dtype | None = None  # set for each target by `CompressedQuantizer.get_new_dtype`
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """See `ConversionOps.convert`: unpack every tensor, in its dtype or that asked for, on the device it was on."""
+        if model is not None and any(isinstance(p, DTensor) for p in model.parameters()):
+            raise CompressionError(
+                "a compressed model cannot be loaded in shards (tp_plan, distributed_config): make the standard "
+                "checkpoint with `hf-padam decompress` and load that"
+            )
+        return {
+            name: [self._unpack(packed) for packed in (tensors if isinstance(tensors, list) else [tensors])]
+            for name, tensors in input_dict.items()
+        }
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        _, dense = unpack(memoryview(packed.cpu().numpy()), "a packed tensor")
+        return dense.to(device=packed.device, dtype=self.dtype)
+
+
+class _UnpackOnly(Unpack):
+    """Unpack a tensor that nothing else converts."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        [tensors] = super().convert(input_dict, source_patterns, target_patterns, **kwargs).values()
+        return {kwargs["full_layer_name"]: tensors}
+
+
+@register_quantizer(QUANT_METHOD)
+class CompressedQuantizer(HfQuantizer):
+    """Check the files of a compressed model, and unpack them while Transformers loads it."""
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise CompressionError(
+                "a model is not compressed by loading it: use hf_padam.save_compressed, or `hf-padam compress`"
+            )
+        self._conversions: list[tuple[Any, Any]] = []
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Check every byte before the first is used, whatever way the files have come."""
+        for directory in {Path(file).parent for file in kwargs.get("checkpoint_files") or ()}:
+            with ModelDirectory(directory) as stored:
+                stored.check()
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Put unpacking before every conversion of the model, and after all of them for what they do not match."""
+        self._conversions = []
+        for conversion in weight_conversions:
+            used = conversion
+            if isinstance(conversion, WeightConverter):
+                sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+                used = conversion.copy(sources.copy(), targets.copy(), operations=[Unpack(), *conversion.operations])
+            self._conversions.append((conversion, used))
+        rest = WeightConverter(r"^(.+)$", r"\1", [_UnpackOnly()], force_cpu=True)
+        return [used for _, used in self._conversions] + [rest]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Leave packed bytes alone, and tell the unpacking which dtype was asked for."""
+        for operation in getattr(converter, "operations", ()):
+            if isinstance(operation, Unpack):
+                operation.dtype = dtype
+        return None
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Forget the unpacking: saving reverts the model's own conversions only."""
+        model._weight_conversions = [own for own, used in self._conversions if used.was_used()]
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether the model can be saved: as the dense one that it is."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the model can be trained."""
+        return True

@@ -1,0 +1,64 @@
+"""The part of a model card that tells of a compressed model: added to the card that is there, and taken out again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .sparsity_report import SparsityReport
+
+_START, _END = "<!-- hf_padam: sparsity -->\n", "<!-- hf_padam: end of sparsity -->\n"
+_HEAD = "---\nlibrary_name: transformers\ntags:\n- padam\n- sparse\n---\n"
+_LOADING = """## Compressed weights
+
+The zeros of this model are stored as bitmasks, without loss. It loads as any other model where
+`hf_padam` is installed:
+
+```python
+import hf_padam
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this model's id or directory")
+```
+
+For programs without hf_padam, `hf-padam decompress` makes a standard checkpoint, with the same weights bit for bit.
+
+"""
+
+
+def add_sparsity(card: Path, report: SparsityReport, dense_bytes: int, compressed_bytes: int) -> None:
+    """Append loading, sizes and the sparsity table to a card in a directory that is not in its place yet.
+
+    Args:
+        card: The README.md; made if there is none.
+        report: The sparsity.
+        dense_bytes: Of the dense weight files.
+        compressed_bytes: Of the compressed ones.
+    """
+    text = card.read_text(encoding="utf-8") if card.is_file() else _HEAD
+    totals = report.totals
+    sizes = (
+        f"{compressed_bytes / 1e6:,.1f} MB instead of {dense_bytes / 1e6:,.1f} MB. Zeros: {totals['sparsity']:.2%} of "
+        f"the {totals['decayed_parameters']:,} decayed weights, {totals['sparsity_total']:.2%} of all "
+        f"{totals['total_parameters']:,}.\n\n"
+    )
+    heading, *rows = report.table()
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
+    table = "".join(f"| {' | '.join(row)} |\n" for row in lines)
+    section = f"{_START}{_LOADING}{sizes}{table}{_END}"
+    card.write_text(_without_section(text) + section, encoding="utf-8")
+
+
+def remove_sparsity(card: Path) -> None:
+    """Take out what `add_sparsity` added; nothing is left of a card that it made."""
+    if not card.is_file():
+        return
+    text = _without_section(card.read_text(encoding="utf-8"))
+    if text == _HEAD:
+        card.unlink()
+    else:
+        card.write_text(text, encoding="utf-8")
+
+
+def _without_section(text: str) -> str:
+    before, start, rest = text.partition(_START)
+    return before + rest.partition(_END)[2] if start else text

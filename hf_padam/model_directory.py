@@ -1,0 +1,243 @@
+"""A model's directory, dense or compressed: its config, its tensors one at a time, and whether all of it is intact."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from .packing import (
+    FORMAT_VERSION,
+    REMEDY,
+    CompressionError,
+    TensorInfo,
+    in_order,
+    records,
+    unpack_chunk,
+    unpack_head,
+)
+from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFile
+
+CONFIG = "config.json"
+QUANT_METHOD = "hf_padam"
+"""How a compressed model's config.json names the format, under `quantization_config`."""
+VERSION_KEY = "hf_padam_format"
+"""The key of the format's version in the metadata of a compressed safetensors file."""
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py"]
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "C64": torch.complex64,
+    "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64,
+}  # fmt: skip
+
+
+def checksum(data: bytes) -> str:
+    """Return the checksum by which a compressed file knows its config.json and its index."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def check_version(version: Any, where: str) -> None:
+    """Refuse a version of the format that this package does not know.
+
+    Raises:
+        CompressionError: Names the version.
+    """
+    if str(version) != str(FORMAT_VERSION):
+        raise CompressionError(
+            f"{where} is in version {version!r} of hf_padam's format; this installation reads version "
+            f"{FORMAT_VERSION}. Install the hf_padam that it was compressed with, or a newer one"
+        )
+
+
+class ModelDirectory:
+    """The weights and the config of a model, opened for reading.
+
+    Args:
+        path: A directory with `model.safetensors`, or an index and its shards.
+
+    Raises:
+        CompressionError: If there are no such files, or one is missing, truncated or cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_bytes = self._read(CONFIG)
+        self.config: dict[str, Any] = self._parse(CONFIG, self.config_bytes or b"{}")
+        self.index_bytes = b"" if (self.path / SINGLE).is_file() else self._read(INDEX)
+        self.index: dict[str, Any] = self._parse(INDEX, self.index_bytes or b"{}")
+        self.files: list[TensorFile] = []
+        try:
+            for name in self._file_names():
+                self.files.append(TensorFile(self.path / name))
+        except BaseException as error:
+            self.close()
+            if isinstance(error, FileNotFoundError):
+                raise CompressionError(f"{self.path} lacks {Path(error.filename).name}. {REMEDY}") from None
+            raise
+
+    @classmethod
+    def find(cls, source: str | Path) -> ModelDirectory:
+        """Open a local directory, or a model on the Hugging Face Hub by its id.
+
+        Raises:
+            CompressionError: As for the class, and if it is neither.
+        """
+        if Path(source).is_dir():
+            return cls(source)
+        if Path(source).exists() or not _HUB_ID.fullmatch(str(source)):
+            raise CompressionError(f"{str(source)!r} is neither a directory nor a model's id on the Hub")
+        from huggingface_hub import snapshot_download
+
+        try:
+            return cls(snapshot_download(str(source), allow_patterns=_HUB_FILES))
+        except (OSError, ValueError) as error:
+            if isinstance(error, CompressionError):
+                raise
+            message = f"{str(source)!r} is no directory here, and could not be had from the Hub: {error}"
+            raise CompressionError(message) from error
+
+    @property
+    def compressed(self) -> bool:
+        """Whether hf_padam compressed it."""
+        method = (self.config.get("quantization_config") or {}).get("quant_method")
+        return method == QUANT_METHOD or any(VERSION_KEY in file.metadata for file in self.files)
+
+    @property
+    def stored(self) -> list[StoredTensor]:
+        """The tensors as they are stored, in order: packed ones as bytes."""
+        return [tensor for file in self.files for tensor in file.tensors]
+
+    @property
+    def bytes(self) -> int:
+        """The size of the weight files."""
+        return sum(file.path.stat().st_size for file in self.files)
+
+    def tensors(self) -> Iterator[tuple[TensorInfo, Tensor]]:
+        """Yield every tensor, dense, one at a time.
+
+        Raises:
+            CompressionError: If one is damaged, or of a dtype that torch does not have.
+        """
+        compressed = self.compressed
+        for stored in self.stored:
+            if compressed:
+                yield unpack(memoryview(stored.read()), f"tensor {stored.info.name} in {stored.file.path}")
+            else:
+                data = torch.empty(stored.info.nbytes, dtype=torch.uint8)
+                stored.read_into(memoryview(data.numpy()))
+                yield stored.info, data.view(torch_dtype(stored.info)).reshape(stored.info.shape)
+
+    def check(self) -> None:
+        """Check every byte of a compressed model against the checksums that were written with it.
+
+        Raises:
+            CompressionError: Names the file, and the tensor, that has been altered.
+        """
+        for file in self.files:
+            if VERSION_KEY not in file.metadata:
+                raise CompressionError(f"{file.path} is damaged, or was not compressed by hf_padam. {REMEDY}")
+            check_version(file.metadata[VERSION_KEY], str(file.path))
+            file.check_header()
+            for name, data in (CONFIG, self.config_bytes), (INDEX, self.index_bytes):
+                if data != b"" or name == INDEX:
+                    self._check_companion(name, data, file.metadata)
+            for stored in file.tensors:
+                self._check_tensor(stored)
+
+    def _check_companion(self, name: str, data: bytes, metadata: dict[str, str]) -> None:
+        if metadata.get(name) != checksum(data):
+            raise CompressionError(
+                f"{self.path / name} is not the file that was written with the compressed weights: it is damaged, or "
+                "was edited. Restore it. To change a setting, change it in the program that loads the model (pass "
+                "config=... to from_pretrained), or change the original and compress it again"
+            )
+
+    def _check_tensor(self, stored: StoredTensor) -> None:
+        packed = memoryview(stored.read())
+        where = f"tensor {stored.info.name} in {stored.file.path}"
+        try:
+            info, start = unpack_head(packed, where)
+            if info.name != stored.info.name:
+                raise CompressionError(f"{where} holds {info.name}: the file is damaged. {REMEDY}")
+            for _ in records(info, packed, start):
+                pass
+        except CompressionError as error:
+            raise error if str(stored.file.path) in str(error) else CompressionError(f"{stored.file.path}: {error}")
+
+    def _file_names(self) -> list[str]:
+        if self.index:
+            try:
+                return sorted(set(self.index["weight_map"].values()))
+            except (KeyError, AttributeError, TypeError):
+                raise CompressionError(f"{self.path / INDEX} is damaged: it has no weight_map. {REMEDY}") from None
+        if (self.path / SINGLE).is_file():
+            return [SINGLE]
+        others = sorted(file.name for file in self.path.glob("*") if file.suffix in (".bin", ".safetensors", ".gguf"))
+        raise CompressionError(
+            f"{self.path} has neither {SINGLE} nor {INDEX}"
+            + (f", only {', '.join(others[:3])}. " if others else ". ")
+            + "Load the model with Transformers and write it with save_pretrained, which makes these files"
+        )
+
+    def _read(self, name: str) -> bytes:
+        path = self.path / name
+        return path.read_bytes() if path.is_file() else b""
+
+    def _parse(self, name: str, data: bytes) -> dict[str, Any]:
+        try:
+            parsed = json.loads(data)
+            if isinstance(parsed, dict):
+                return parsed
+        except ValueError:
+            pass
+        raise CompressionError(f"{self.path / name} is damaged: it does not hold a JSON object. {REMEDY}")
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> ModelDirectory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def torch_dtype(info: TensorInfo) -> torch.dtype:
+    """Return a tensor's dtype.
+
+    Raises:
+        CompressionError: If torch has none for it.
+    """
+    if info.dtype not in _DTYPES:
+        raise CompressionError(f"tensor {info.name} has the dtype {info.dtype}; known are {', '.join(_DTYPES)}")
+    return _DTYPES[info.dtype]
+
+
+def unpack(packed: memoryview, where: str) -> tuple[TensorInfo, Tensor]:
+    """Unpack a tensor, with the memory of the dense one and a little more.
+
+    Args:
+        packed: The packed tensor.
+        where: Names it in errors.
+
+    Raises:
+        CompressionError: If it is damaged.
+    """
+    info, start = unpack_head(packed, where)
+    data = torch.empty(info.nbytes, dtype=torch.uint8)
+    dense = data.numpy()
+    jobs = ((info, record, size) for record, (_, size) in zip(records(info, packed, start), info.chunks, strict=True))
+    for words, (offset, size) in zip(in_order(unpack_chunk, jobs), info.chunks, strict=True):
+        dense[offset : offset + size].view(info.word)[:] = words
+    return info, data.view(torch_dtype(info)).reshape(info.shape)

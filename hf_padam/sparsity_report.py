@@ -1,0 +1,242 @@
+"""The sparsity of a checkpoint, layer by layer, read from its files: the model is never built.
+
+Each weight tensor is a row: its zeros, its near-zeros, and how many of its N:M blocks hold (2:4 by default: of four
+weights that follow one another along the input, two at least are zero), which is what sparse tensor cores need.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from .files import staged
+from .model_directory import ModelDirectory
+from .param_groups import decayed_parameters
+from .sparsity import NEAR_ZERO, TensorCount, count_zeros, summarize
+
+_NOT_DECAYED = re.compile(r"embed|wte|wpe|lm_head|norm|(^|[._])ln_?(\d|f|[._])|bias|adapter|lora", re.IGNORECASE)
+_PART = 1 << 22  # elements that are counted at a time
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """One tensor's row."""
+
+    count: TensorCount
+    dtype: str
+    shape: tuple[int, ...]
+    blocks: int  # N:M blocks; 0 where the tensor is no matrix, or M does not divide its input
+    holding: int  # of which so many hold
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """The rows of a checkpoint, in its order, and how they were made."""
+
+    source: str
+    rows: list[LayerSparsity]
+    pattern: tuple[int, int]  # N, M
+    near_zero: float
+    decayed_by: str  # how the decayed weights were told from the others
+
+    @classmethod
+    def of(
+        cls, model: ModelDirectory, pattern: tuple[int, int] = (2, 4), near_zero: float = NEAR_ZERO
+    ) -> SparsityReport:
+        """Read a checkpoint, dense or compressed, one tensor at a time.
+
+        Args:
+            model: The checkpoint.
+            pattern: N and M: a block of M weights holds if N of them at least are zero.
+            near_zero: The magnitude below which a weight that is not zero is near zero.
+
+        Raises:
+            CompressionError: If a file is damaged.
+        """
+        names = [stored.info.name for stored in model.stored]
+        decayed, along_rows, decayed_by = _decayed(model, names)
+        rows = []
+        bar = tqdm(model.tensors(), total=len(names), desc="Counting zeros", unit="tensor", disable=None)
+        for info, tensor in bar:
+            is_decayed = info.name in decayed if decayed else _looks_decayed(info.name, tensor)
+            count = _count(info.name, tensor, is_decayed, near_zero)
+            blocks = _blocks(tensor if info.name not in along_rows else tensor.T, pattern)
+            rows.append(LayerSparsity(count, info.dtype, info.shape, *blocks))
+        return cls(str(model.path), rows, pattern, near_zero, decayed_by)
+
+    @property
+    def totals(self) -> dict[str, float | int]:
+        """The shares of zeros and sizes of `summarize`, and the share of the decayed weights' blocks that hold."""
+        decayed = [row for row in self.rows if row.count.decayed]
+        blocks = sum(row.blocks for row in decayed)
+        share = sum(row.holding for row in decayed) / blocks if blocks else 0.0
+        return summarize(row.count for row in self.rows) | {f"{self._pattern}_blocks": share}
+
+    @property
+    def _pattern(self) -> str:
+        return f"{self.pattern[0]}:{self.pattern[1]}"
+
+    def as_json(self) -> str:
+        """Return everything, every tensor included, as JSON; shares from 0 to 1."""
+        rows = [
+            {
+                "name": row.count.name,
+                "dtype": row.dtype,
+                "shape": row.shape,
+                "decayed": row.count.decayed,
+                "elements": row.count.elements,
+                "zeros": row.count.zeros,
+                "near_zeros": row.count.near_zeros,
+                "sparsity": row.count.sparsity,
+                f"{self._pattern}_blocks": row.holding / row.blocks if row.blocks else None,
+            }
+            for row in self.rows
+        ]
+        head = {"source": self.source, "near_zero": self.near_zero, "decayed_by": self.decayed_by, **self.totals}
+        return json.dumps(head | {"tensors": rows}, indent=1) + "\n"
+
+    def table(self) -> list[list[str]]:
+        """Return a heading, a row per decayed weight (per matrix where there are none), and two rows of totals."""
+        shown = [row for row in self.rows if row.count.decayed] or [row for row in self.rows if len(row.shape) > 1]
+        table = [["weight", "shape", "zeros", f"below {self.near_zero:g}", f"{self._pattern} blocks"]]
+        for row in shown:
+            holding = f"{row.holding / row.blocks:.1%}" if row.blocks else "-"
+            count = row.count
+            near_zeros = (count.near_zeros or 0) / max(count.elements, 1)
+            shape = " x ".join(map(str, row.shape))
+            table.append([count.name, shape, f"{count.sparsity:.2%}", f"{near_zeros:.2%}", holding])
+        totals = self.totals
+        for title, rows, share in (
+            ("decayed weights", [row for row in self.rows if row.count.decayed], totals["sparsity"]),
+            ("whole model", self.rows, totals["sparsity_total"]),
+        ):
+            elements, blocks = sum(row.count.elements for row in rows), sum(row.blocks for row in rows)
+            near = sum(row.count.near_zeros or 0 for row in rows) / max(elements, 1)
+            holding = f"{sum(row.holding for row in rows) / blocks:.1%}" if blocks else "-"
+            table.append([title, f"{elements:,}", f"{share:.2%}", f"{near:.2%}", holding])
+        return table
+
+    def __str__(self) -> str:
+        table = self.table()
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+            for cells in (list(zip(row, widths, strict=True)) for row in table)
+        ]
+        rule = "-" * len(lines[0])
+        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], f"({self.decayed_by})"])
+
+    def draw(self, path: str | Path) -> None:
+        """Draw the share of zeros of every decayed weight, in the checkpoint's order; the suffix decides the format.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError('pictures need matplotlib: pip install "hf-padam[recipes]"') from None
+        rows = [row for row in self.rows if row.count.decayed] or self.rows
+        kinds: dict[str, list[tuple[int, float]]] = {}
+        for position, row in enumerate(rows):
+            layer = re.search(r"\.(\d+)\.", f".{row.count.name}.")
+            kind = re.sub(r"(^|.*?\.)\d+\.", "", row.count.name).removesuffix(".weight")
+            kinds.setdefault(kind, []).append((int(layer[1]) if layer else position, 100 * row.count.sparsity))
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for kind, points in kinds.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, linewidth=1, label=kind)
+        axes.set(xlabel="layer", ylabel="zeros (%)", ylim=(0, 100), title=f"Zeros by layer: {Path(self.source).name}")
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside right upper", fontsize="small")
+        with staged(path) as temporary:
+            figure.savefig(temporary, dpi=130)
+
+
+def parse_pattern(text: str) -> tuple[int, int]:
+    """Read a pattern such as "2:4".
+
+    Raises:
+        ValueError: If it is none.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or not 0 < int(match[1]) < int(match[2]):
+        raise ValueError(f"{text!r} is no N:M pattern such as 2:4, with 0 < N < M")
+    return int(match[1]), int(match[2])
+
+
+def _count(name: str, tensor: Tensor, decayed: bool, near_zero: float) -> TensorCount:
+    """Count a tensor's zeros in parts, so that it takes little memory beside the tensor."""
+    zeros, near_zeros = 0, 0
+    for part in tensor.flatten().split(_PART):
+        counted = part if part.is_floating_point() and part.element_size() > 1 else part.double()  # float8, integers
+        [count] = count_zeros({name: counted}, near_zero=near_zero)
+        zeros, near_zeros = zeros + count.zeros, near_zeros + (count.near_zeros or 0)
+    return TensorCount(name, tensor.numel(), zeros, near_zeros, decayed)
+
+
+def _blocks(matrix: Tensor, pattern: tuple[int, int]) -> tuple[int, int]:
+    """Count a matrix's blocks of M weights along its last dimension, and those with at least N zeros."""
+    n, m = pattern
+    if matrix.dim() != 2 or not matrix.shape[1] or matrix.shape[1] % m:
+        return 0, 0
+    zeros = ((matrix.float() if matrix.element_size() == 1 else matrix) == 0).view(torch.uint8)
+    total = zeros[:, 0::m].clone()
+    for offset in range(1, m):
+        total += zeros[:, offset::m]
+    return total.numel(), int(torch.count_nonzero(total >= n))
+
+
+def _decayed(model: ModelDirectory, names: list[str]) -> tuple[set[str], set[str], str]:
+    """Return the names of the decayed tensors and of the matrices whose input is their rows, and how they were found.
+
+    The config's model class is built without weights to ask it; the first set is empty where that cannot be.
+    """
+    try:
+        skeleton = _skeleton(model)
+    except Exception as error:  # an unknown class, or code of its own that is not run here
+        return set(), set(), f"decayed: guessed from names and shapes, for want of the model's class ({error})"
+    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
+    aliases: Callable[[str], set[str]] = lambda name: {name, prefix + name, name.removeprefix(prefix)}  # noqa: E731
+    decayed = {alias for name in decayed_parameters(skeleton) for alias in aliases(name)}
+    conv1d = [f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, Conv1D)]
+    along_rows = {alias for name in conv1d for alias in aliases(name)}
+    found = decayed & set(names)
+    if not found:
+        return set(), along_rows, "decayed: guessed from names and shapes, which the model's class has others for"
+    return found, along_rows & set(names), f"decayed: what {type(skeleton).__name__} trains with decay"
+
+
+def _skeleton(model: ModelDirectory) -> nn.Module:
+    if not model.config:
+        raise ValueError("no config.json")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        config: Any = AutoConfig.from_pretrained(model.path)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        with torch.device("meta"):
+            if named is not None:
+                return named(config)
+            automatic = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+            return automatic.from_config(config)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _looks_decayed(name: str, tensor: Tensor) -> bool:
+    return tensor.dim() > 1 and not _NOT_DECAYED.search(name)
