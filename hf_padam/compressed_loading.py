@@ -55,7 +55,7 @@ class Unpack(ConversionOps):
     """Turn the packed tensors of one or more names into dense ones."""
 
     def __init__(self) -> None:
-        self.dtype: torch.dtype | None = None  # set for each target by `CompressedQuantizer.get_new_dtype`
+        self.dtype: torch.dtype | None = None  # that asked for; see `CompressedQuantizer.get_new_dtype`
 
     def convert(
         self,
@@ -66,30 +66,43 @@ class Unpack(ConversionOps):
         model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """See `ConversionOps.convert`: unpack every tensor, in its dtype or that asked for, on the device it was on."""
+        """See `ConversionOps.convert`: unpack every tensor, in the dtype asked for, on the device it was on."""
         if model is not None and any(isinstance(p, DTensor) for p in model.parameters()):
             raise CompressionError(
                 "a compressed model cannot be loaded in shards (tp_plan, distributed_config): make the standard "
                 "checkpoint with `hf-padam decompress` and load that"
             )
+        dtype = self.dtype
+        if dtype is None and model is not None:  # Transformers before 5.23 does not say
+            state = dict(model.named_parameters()) | dict(model.named_buffers())
+            dtype = state[full_layer_name].dtype if full_layer_name in state else None
         return {
-            name: [self._unpack(packed) for packed in (tensors if isinstance(tensors, list) else [tensors])]
+            name: [_unpack(packed, dtype) for packed in (tensors if isinstance(tensors, list) else [tensors])]
             for name, tensors in input_dict.items()
         }
 
-    def _unpack(self, packed: Tensor) -> Tensor:
-        _, dense = unpack(memoryview(packed.cpu().numpy()), "a packed tensor")
-        return dense.to(device=packed.device, dtype=self.dtype)
+
+def _unpack(packed: Tensor, dtype: torch.dtype | None) -> Tensor:
+    _, dense = unpack(packed.cpu().numpy().data, "a packed tensor")
+    return dense.to(device=packed.device, dtype=dtype)
 
 
 class _UnpackOnly(Unpack):
     """Unpack a tensor that nothing else converts."""
 
     def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        [tensors] = super().convert(input_dict, source_patterns, target_patterns, **kwargs).values()
-        return {kwargs["full_layer_name"]: tensors}
+        """See `Unpack.convert`; its pattern matches every name, so it names what it returns itself."""
+        unpacked = super().convert(input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs)
+        [tensors] = unpacked.values()
+        return {full_layer_name: tensors}
 
 
 @register_quantizer(QUANT_METHOD)
@@ -102,7 +115,6 @@ class CompressedQuantizer(HfQuantizer):
             raise CompressionError(
                 "a model is not compressed by loading it: use hf_padam.save_compressed, or `hf-padam compress`"
             )
-        self._conversions: list[tuple[Any, Any]] = []
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Check every byte before the first is used, whatever way the files have come."""
@@ -110,17 +122,19 @@ class CompressedQuantizer(HfQuantizer):
             with ModelDirectory(directory) as stored:
                 stored.check()
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Put unpacking before every conversion of the model, and after all of them for what they do not match."""
-        self._conversions = []
+    def get_weight_conversions(self) -> list[Any]:
+        """Unpack whatever no conversion of the model matches."""
+        rest = WeightConverter(r"^(.+)$", r"\1", [_UnpackOnly()])
+        if hasattr(rest, "force_cpu"):  # packed tensors need not visit another device, and would fill it
+            rest.force_cpu = True
+        return [rest]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel | None = None) -> list:
+        """Unpack before every conversion of the model, too."""
         for conversion in weight_conversions:
-            used = conversion
             if isinstance(conversion, WeightConverter):
-                sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
-                used = conversion.copy(sources.copy(), targets.copy(), operations=[Unpack(), *conversion.operations])
-            self._conversions.append((conversion, used))
-        rest = WeightConverter(r"^(.+)$", r"\1", [_UnpackOnly()], force_cpu=True)
-        return [used for _, used in self._conversions] + [rest]
+                conversion.operations.insert(0, Unpack())
+        return weight_conversions + self.get_weight_conversions()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Leave packed bytes alone, and tell the unpacking which dtype was asked for."""
@@ -131,7 +145,15 @@ class CompressedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Forget the unpacking: saving reverts the model's own conversions only."""
-        model._weight_conversions = [own for own, used in self._conversions if used.was_used()]
+        own: Any = []
+        for conversion in list(getattr(model, "_weight_conversions", None) or ()):
+            operations = getattr(conversion, "operations", [])
+            unpacking = [operation for operation in operations if isinstance(operation, Unpack)]
+            if not unpacking or len(operations) > len(unpacking):
+                for operation in unpacking:
+                    operations.remove(operation)
+                own.append(conversion)
+        model._weight_conversions = own
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -99,11 +99,11 @@ def compress(source: str | Path, destination: str | Path, *, force: bool = False
             report = SparsityReport.of(model)
             left_out = _copy_others(model.path, staging)
             _compress_weights(model, staging)
-            add_sparsity(staging / CARD, report, model.bytes, sum(f.stat().st_size for f in _weights(staging)))
+            add_sparsity(staging / CARD, report, model.nbytes, sum(f.stat().st_size for f in _weights(staging)))
             with ModelDirectory(staging) as written:
                 written.check()
-                compressed_bytes = written.bytes
-        return Compressed(Path(destination), model.bytes, compressed_bytes, report, left_out)
+                compressed_bytes = written.nbytes
+        return Compressed(Path(destination), model.nbytes, compressed_bytes, report, left_out)
 
 
 def decompress(source: str | Path, destination: str | Path, *, force: bool = False) -> Path:
@@ -192,7 +192,7 @@ def upload(directory: str | Path, repository: str) -> None:
 
 
 def _new_directory(source: Path | None, destination: str | Path, force: bool) -> Any:
-    """Open `staged_new_directory` after making sure that `force` deletes neither the source nor anything but a model."""
+    """Open `staged_new_directory`, making sure that `force` deletes neither the source nor what is no model."""
     destination = Path(destination)
     if source is not None and source.resolve().is_relative_to(destination.resolve()):
         raise FileExistsError(f"{destination} holds the model to read: name another directory")
@@ -231,7 +231,7 @@ def _compress_weights(model: ModelDirectory, directory: Path) -> None:
     companions = {CONFIG: checksum((directory / CONFIG).read_bytes()), INDEX: checksum(b"")}
     writers, total = [], 0
     try:
-        with tqdm(total=model.bytes, desc="Compressing", unit="B", unit_scale=True, disable=None) as bar:
+        with tqdm(total=model.nbytes, desc="Compressing", unit="B", unit_scale=True, disable=None) as bar:
             for file in model.files:
                 bounds = [_as_bytes(stored.info, stored.info.max_packed_bytes()) for stored in file.tensors]
                 metadata = {"format": "pt", VERSION_KEY: str(FORMAT_VERSION), **companions}

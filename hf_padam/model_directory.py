@@ -71,9 +71,9 @@ class ModelDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config_bytes = self._read(CONFIG)
-        self.config: dict[str, Any] = self._parse(CONFIG, self.config_bytes or b"{}")
-        self.index_bytes = b"" if (self.path / SINGLE).is_file() else self._read(INDEX)
-        self.index: dict[str, Any] = self._parse(INDEX, self.index_bytes or b"{}")
+        self.config: dict[str, Any] = self._parse(CONFIG, b"{}" if self.config_bytes is None else self.config_bytes)
+        self.index_bytes = None if (self.path / SINGLE).is_file() else self._read(INDEX)
+        self.index: dict[str, Any] = self._parse(INDEX, b"{}" if self.index_bytes is None else self.index_bytes)
         self.files: list[TensorFile] = []
         try:
             for name in self._file_names():
@@ -81,7 +81,8 @@ class ModelDirectory:
         except BaseException as error:
             self.close()
             if isinstance(error, FileNotFoundError):
-                raise CompressionError(f"{self.path} lacks {Path(error.filename).name}. {REMEDY}") from None
+                message = f"{self.path / INDEX} names {error.filename}, which is missing. {REMEDY}"
+                raise CompressionError(message) from None
             raise
 
     @classmethod
@@ -117,7 +118,7 @@ class ModelDirectory:
         return [tensor for file in self.files for tensor in file.tensors]
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """The size of the weight files."""
         return sum(file.path.stat().st_size for file in self.files)
 
@@ -133,7 +134,7 @@ class ModelDirectory:
                 yield unpack(memoryview(stored.read()), f"tensor {stored.info.name} in {stored.file.path}")
             else:
                 data = torch.empty(stored.info.nbytes, dtype=torch.uint8)
-                stored.read_into(memoryview(data.numpy()))
+                stored.read_into(data.numpy().data)
                 yield stored.info, data.view(torch_dtype(stored.info)).reshape(stored.info.shape)
 
     def check(self) -> None:
@@ -148,8 +149,8 @@ class ModelDirectory:
             check_version(file.metadata[VERSION_KEY], str(file.path))
             file.check_header()
             for name, data in (CONFIG, self.config_bytes), (INDEX, self.index_bytes):
-                if data != b"" or name == INDEX:
-                    self._check_companion(name, data, file.metadata)
+                if data is not None or name == INDEX:  # weights may be loaded with a config from elsewhere
+                    self._check_companion(name, data or b"", file.metadata)
             for stored in file.tensors:
                 self._check_tensor(stored)
 
@@ -171,13 +172,15 @@ class ModelDirectory:
             for _ in records(info, packed, start):
                 pass
         except CompressionError as error:
-            raise error if str(stored.file.path) in str(error) else CompressionError(f"{stored.file.path}: {error}")
+            if str(stored.file.path) in str(error):
+                raise
+            raise CompressionError(f"{stored.file.path}: {error}") from None
 
     def _file_names(self) -> list[str]:
         if self.index:
             try:
                 return sorted(set(self.index["weight_map"].values()))
-            except (KeyError, AttributeError, TypeError):
+            except (KeyError, AttributeError, TypeError):  # none, or one of another kind
                 raise CompressionError(f"{self.path / INDEX} is damaged: it has no weight_map. {REMEDY}") from None
         if (self.path / SINGLE).is_file():
             return [SINGLE]
@@ -188,9 +191,9 @@ class ModelDirectory:
             + "Load the model with Transformers and write it with save_pretrained, which makes these files"
         )
 
-    def _read(self, name: str) -> bytes:
+    def _read(self, name: str) -> bytes | None:
         path = self.path / name
-        return path.read_bytes() if path.is_file() else b""
+        return path.read_bytes() if path.is_file() else None
 
     def _parse(self, name: str, data: bytes) -> dict[str, Any]:
         try:

@@ -35,7 +35,7 @@ CHUNK = 1 << 17
 """Words per record: small enough for a processor's cache, and for the tensors of small models to keep cores busy."""
 
 _ZEROS, _DENSE, _MASK = range(3)
-_WORDS = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+_WORDS: dict[int, np.dtype] = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 _WORD_SIZES = {
     "BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8,
 }  # fmt: skip
@@ -145,12 +145,12 @@ def unpack_chunk(info: TensorInfo, record: bytes | memoryview, size: int) -> np.
         planes = [_decompress(info, section, kept.size) for section in sections[1:]]
         words = np.zeros(count, info.word)
         words[kept] = _join(info, planes, kept.size)
-    if xxhash.xxh3_64_intdigest(words) != checksum:
+    if xxhash.xxh3_64_intdigest(words.data) != checksum:
         raise _damaged(info)
     return words
 
 
-def chain(record: bytes, previous: bytes) -> bytes:
+def chain(record: bytes | memoryview, previous: bytes | memoryview) -> bytes:
     """Return the checksum that follows a record.
 
     Args:
@@ -238,7 +238,7 @@ def _damaged(info: TensorInfo) -> CompressionError:
 
 
 def _masked(info: TensorInfo, words: np.ndarray, mask: np.ndarray, kept: np.ndarray) -> list[bytes]:
-    return [_compressor().compress(np.packbits(mask)), *_planes(info, words[kept])]
+    return [_compressor().compress(np.packbits(mask).data), *_planes(info, words[kept])]
 
 
 def _planes(info: TensorInfo, words: np.ndarray) -> list[bytes]:
@@ -246,7 +246,7 @@ def _planes(info: TensorInfo, words: np.ndarray) -> list[bytes]:
     bits = 8 * info.word.itemsize
     if info.dtype in _FLOATS:
         words = (words << 1) | (words >> (bits - 1))
-    return [_compressor().compress((words >> shift).astype("u1")) for shift in range(bits - 8, -8, -8)]
+    return [_compressor().compress((words >> shift).astype("u1").data) for shift in range(bits - 8, -8, -8)]
 
 
 def _join(info: TensorInfo, planes: list[bytes], count: int) -> np.ndarray:
