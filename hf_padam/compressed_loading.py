@@ -124,7 +124,7 @@ class CompressedQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[Any]:
         """Unpack whatever no conversion of the model matches."""
-        rest = WeightConverter(r"^(.+)$", r"\1", [_UnpackOnly()])
+        rest = WeightConverter(r"^(.+)$", r"\1", operations=[_UnpackOnly()])
         if hasattr(rest, "force_cpu"):  # packed tensors need not visit another device, and would fill it
             rest.force_cpu = True
         return [rest]

@@ -87,7 +87,7 @@ def compress(source: str | Path, destination: str | Path, *, force: bool = False
     with ModelDirectory.find(source) as model:
         if model.compressed:
             raise CompressionError(f"{source} is compressed already; `hf-padam decompress` makes it dense again")
-        if not model.config:
+        if model.config_bytes is None:
             raise CompressionError(f"{source} has no {CONFIG}, without which a compressed model cannot be loaded")
         if "quantization_config" in model.config:
             method = (model.config["quantization_config"] or {}).get("quant_method")
