@@ -83,7 +83,7 @@ def count_zeros(
     elements: defaultdict[tuple, list[int]] = defaultdict(list)
     for name, tensor in tensors.items():
         local, sharding = local_shard(tensor)
-        counts = [local.numel() - torch.count_nonzero(local)]
+        counts = [torch.count_nonzero(local == 0)]  # several times faster than counting non-zero floats
         if near_zero is not None:
             counts.append(torch.count_nonzero(local.abs() < near_zero) - counts[0])
         batches[local.device, sharding][name] = counts

@@ -27,7 +27,7 @@ from .param_groups import decayed_parameters
 from .sparsity import NEAR_ZERO, TensorCount, count_zeros, summarize
 
 _NOT_DECAYED = re.compile(r"embed|wte|wpe|lm_head|norm|(^|[._])ln_?(\d|f|[._])|bias|adapter|lora", re.IGNORECASE)
-_PART = 1 << 22  # elements that are counted at a time
+_PART = 1 << 20  # elements that are counted at a time
 
 
 @dataclass(frozen=True)
@@ -192,11 +192,15 @@ def _blocks(matrix: Tensor, pattern: tuple[int, int]) -> tuple[int, int]:
     n, m = pattern
     if matrix.dim() != 2 or not matrix.shape[1] or matrix.shape[1] % m:
         return 0, 0
-    zeros = ((matrix.float() if matrix.element_size() == 1 else matrix) == 0).view(torch.uint8)
-    total = zeros[:, 0::m].clone()
-    for offset in range(1, m):
-        total += zeros[:, offset::m]
-    return total.numel(), int(torch.count_nonzero(total >= n))
+    blocks = holding = 0
+    for rows in matrix.split(max(1, _PART // matrix.shape[1])):
+        zeros = ((rows.float() if rows.element_size() == 1 else rows) == 0).view(torch.uint8)
+        total = zeros[:, 0::m].clone()
+        for offset in range(1, m):
+            total += zeros[:, offset::m]
+        blocks += total.numel()
+        holding += int(torch.count_nonzero(total >= n))
+    return blocks, holding
 
 
 def _decayed(model: ModelDirectory, names: list[str]) -> tuple[set[str], set[str], str]:
