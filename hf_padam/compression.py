@@ -129,7 +129,7 @@ def decompress(source: str | Path, destination: str | Path, *, force: bool = Fal
         with _new_directory(model.path, destination, force) as staging:
             _copy_others(model.path, staging)
             for file in _progress(model.files, "Decompressing"):
-                _decompress_file(file, staging / file.path.name)
+                _decompress_file(model, file, staging / file.path.name)
             config = {key: value for key, value in model.config.items() if key != "quantization_config"}
             _write_json(staging / CONFIG, config)
             if model.index:
@@ -273,16 +273,13 @@ def _pack_file(file: TensorFile, writer: TensorWriter, bar: tqdm) -> int:
     return sum(writer.add(_as_bytes(stored.info, 0), pieces(stored.info)) for stored in file.tensors)
 
 
-def _decompress_file(file: TensorFile, path: Path) -> None:
-    heads = []
-    for stored in file.tensors:
-        beginning = memoryview(stored.read(0, min(stored.info.nbytes, 1 << 16)))
-        heads.append(unpack_head(beginning, f"tensor {stored.info.name} in {file.path}")[0])
+def _decompress_file(model: ModelDirectory, file: TensorFile, path: Path) -> None:
+    heads = [model.info(stored) for stored in file.tensors]
     writer = TensorWriter(path, heads, json.loads(file.metadata[_SOURCE_METADATA]), checksum=False)
     try:
         for stored, info in zip(file.tensors, heads, strict=True):
             packed = memoryview(stored.read())
-            start = unpack_head(packed, "")[1]
+            start = unpack_head(packed, stored.where)[1]
             jobs = (
                 (info, record, size)
                 for record, (_, size) in zip(records(info, packed, start), info.chunks, strict=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .packing import (
     FORMAT_VERSION,
+    MAX_HEAD,
     REMEDY,
     CompressionError,
     TensorInfo,
@@ -106,7 +108,7 @@ class ModelDirectory:
             message = f"{str(source)!r} is no directory here, and could not be had from the Hub: {error}"
             raise CompressionError(message) from error
 
-    @property
+    @cached_property
     def compressed(self) -> bool:
         """Whether hf_padam compressed it."""
         method = (self.config.get("quantization_config") or {}).get("quant_method")
@@ -122,20 +124,30 @@ class ModelDirectory:
         """The size of the weight files."""
         return sum(file.path.stat().st_size for file in self.files)
 
-    def tensors(self) -> Iterator[tuple[TensorInfo, Tensor]]:
-        """Yield every tensor, dense, one at a time.
+    def info(self, stored: StoredTensor) -> TensorInfo:
+        """Return what a tensor is when it is dense.
 
         Raises:
-            CompressionError: If one is damaged, or of a dtype that torch does not have.
+            CompressionError: If it is damaged.
         """
-        compressed = self.compressed
-        for stored in self.stored:
-            if compressed:
-                yield unpack(memoryview(stored.read()), f"tensor {stored.info.name} in {stored.file.path}")
-            else:
-                data = torch.empty(stored.info.nbytes, dtype=torch.uint8)
-                stored.read_into(data.numpy().data)
-                yield stored.info, data.view(torch_dtype(stored.info)).reshape(stored.info.shape)
+        if not self.compressed:
+            return stored.info
+        beginning = memoryview(stored.read(0, min(stored.info.nbytes, MAX_HEAD)))
+        return unpack_head(beginning, stored.where)[0]
+
+    def reader(self, stored: StoredTensor) -> tuple[TensorInfo, Callable[[int, int], bytearray | memoryview]]:
+        """Return what a tensor is when it is dense, and what reads its dense bytes: so many from a place on.
+
+        A dense tensor is read from the file as asked. A packed one is unpacked now, whole.
+
+        Raises:
+            CompressionError: If it is damaged.
+        """
+        if not self.compressed:
+            return stored.info, stored.read
+        info, tensor = unpack(memoryview(stored.read()), stored.where)
+        data = tensor.flatten().view(torch.uint8).numpy().data
+        return info, lambda start, size: data[start : start + size]
 
     def check(self) -> None:
         """Check every byte of a compressed model against the checksums that were written with it.
@@ -164,11 +176,10 @@ class ModelDirectory:
 
     def _check_tensor(self, stored: StoredTensor) -> None:
         packed = memoryview(stored.read())
-        where = f"tensor {stored.info.name} in {stored.file.path}"
         try:
-            info, start = unpack_head(packed, where)
+            info, start = unpack_head(packed, stored.where)
             if info.name != stored.info.name:
-                raise CompressionError(f"{where} holds {info.name}: the file is damaged. {REMEDY}")
+                raise CompressionError(f"{stored.where} holds {info.name}: the file is damaged. {REMEDY}")
             for _ in records(info, packed, start):
                 pass
         except CompressionError as error:

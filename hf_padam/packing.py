@@ -34,6 +34,9 @@ FORMAT_VERSION = 1
 CHUNK = 1 << 17
 """Words per record: small enough for a processor's cache, and for the tensors of small models to keep cores busy."""
 
+MAX_HEAD = 1 << 16
+"""The most bytes that the head of a packed tensor has."""
+
 _ZEROS, _DENSE, _MASK = range(3)
 _WORDS: dict[int, np.dtype] = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 _WORD_SIZES = {
@@ -222,17 +225,21 @@ REMEDY = "Get the file again, or compress the original once more"
 def in_order(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     """Call a function for every job, in as many threads as torch uses, and yield what it returns, in order.
 
-    Only a few results are held at a time, however slowly they are taken.
+    Only a few results are held at a time, however slowly they are taken. In these threads torch does not start more of
+    its own: they would wait for each other after every operation.
     """
     workers = torch.get_num_threads()
     pending: deque[Future] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for job in jobs:
-            pending.append(pool.submit(function, *job))
-            if len(pending) > 2 * workers:
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for job in jobs:
+                pending.append(pool.submit(function, *job))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+    finally:
+        torch.set_num_threads(workers)  # threads that start later take the number that was set last
 
 
 def _damaged(info: TensorInfo) -> CompressionError:

@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .files import staged
-from .model_directory import ModelDirectory
+from .model_directory import ModelDirectory, torch_dtype
+from .packing import TensorInfo, in_order
 from .param_groups import decayed_parameters
 from .sparsity import NEAR_ZERO, TensorCount, count_zeros, summarize
 
 _NOT_DECAYED = re.compile(r"embed|wte|wpe|lm_head|norm|(^|[._])ln_?(\d|f|[._])|bias|adapter|lora", re.IGNORECASE)
-_PART = 1 << 20  # elements that are counted at a time
+_PART = 1 << 20  # bytes that are counted at a time
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class SparsityReport:
     def of(
         cls, model: ModelDirectory, pattern: tuple[int, int] = (2, 4), near_zero: float = NEAR_ZERO
     ) -> SparsityReport:
-        """Read a checkpoint, dense or compressed, one tensor at a time.
+        """Read a checkpoint, dense or compressed, part by part, in as many threads as torch uses.
 
         Args:
             model: The checkpoint.
@@ -67,13 +68,24 @@ class SparsityReport:
         """
         names = [stored.info.name for stored in model.stored]
         decayed, along_rows, decayed_by = _decayed(model, names)
+
+        def jobs() -> Iterator[tuple[Any, ...]]:
+            for stored in model.stored:
+                info, read = model.reader(stored)
+                for start, size in _parts(info, pattern[1]):
+                    yield info, read, start, size, info.name in along_rows, pattern, near_zero
+
+        counted = in_order(_count_part, jobs())
         rows = []
-        bar = tqdm(model.tensors(), total=len(names), desc="Counting zeros", unit="tensor", disable=None)
-        for info, tensor in bar:
-            is_decayed = info.name in decayed if decayed else _looks_decayed(info.name, tensor)
-            count = _count(info.name, tensor, is_decayed, near_zero)
-            blocks = _blocks(tensor if info.name not in along_rows else tensor.T, pattern)
-            rows.append(LayerSparsity(count, info.dtype, info.shape, *blocks))
+        for stored in tqdm(model.stored, desc="Counting zeros", unit="tensor", disable=None):
+            info = model.info(stored)
+            sums = [0, 0, 0, 0]
+            for _ in _parts(info, pattern[1]):
+                sums = [total + part for total, part in zip(sums, next(counted), strict=True)]
+            zeros, near_zeros, blocks, holding = sums
+            is_decayed = info.name in decayed if decayed else _looks_decayed(info)
+            count = TensorCount(info.name, info.elements, zeros, near_zeros, is_decayed)
+            rows.append(LayerSparsity(count, info.dtype, info.shape, blocks, holding))
         return cls(str(model.path), rows, pattern, near_zero, decayed_by)
 
     @property
@@ -177,30 +189,37 @@ def parse_pattern(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _count(name: str, tensor: Tensor, decayed: bool, near_zero: float) -> TensorCount:
-    """Count a tensor's zeros in parts, so that it takes little memory beside the tensor."""
-    zeros, near_zeros = 0, 0
-    for part in tensor.flatten().split(_PART):
-        counted = part if part.is_floating_point() and part.element_size() > 1 else part.double()  # float8, integers
-        [count] = count_zeros({name: counted}, near_zero=near_zero)
-        zeros, near_zeros = zeros + count.zeros, near_zeros + (count.near_zeros or 0)
-    return TensorCount(name, tensor.numel(), zeros, near_zeros, decayed)
+def _parts(info: TensorInfo, m: int) -> list[tuple[int, int]]:
+    """Split a tensor into rows, in multiples of M: start and size of each part, in bytes."""
+    if not info.nbytes:
+        return []
+    row = info.nbytes // info.shape[0] if len(info.shape) > 1 else info.nbytes // info.elements
+    size = max(1, _PART // (m * row)) * m * row
+    return [(start, min(size, info.nbytes - start)) for start in range(0, info.nbytes, size)]
 
 
-def _blocks(matrix: Tensor, pattern: tuple[int, int]) -> tuple[int, int]:
-    """Count a matrix's blocks of M weights along its last dimension, and those with at least N zeros."""
-    n, m = pattern
-    if matrix.dim() != 2 or not matrix.shape[1] or matrix.shape[1] % m:
-        return 0, 0
+def _count_part(
+    info: TensorInfo,
+    read: Callable[[int, int], Any],
+    start: int,
+    size: int,
+    along_rows: bool,
+    pattern: tuple[int, int],
+    near_zero: float,
+) -> tuple[int, int, int, int]:
+    """Count zeros, near-zeros, blocks, and blocks that hold, in one of the `_parts` of a tensor."""
+    part = torch.frombuffer(read(start, size), dtype=torch_dtype(info))
+    if not part.is_floating_point() or part.element_size() == 1:  # float8, integers: torch cannot compare them all
+        part = part.double()
+    [count] = count_zeros({info.name: part}, near_zero=near_zero)
     blocks = holding = 0
-    for rows in matrix.split(max(1, _PART // matrix.shape[1])):
-        zeros = ((rows.float() if rows.element_size() == 1 else rows) == 0).view(torch.uint8)
-        total = zeros[:, 0::m].clone()
-        for offset in range(1, m):
-            total += zeros[:, offset::m]
-        blocks += total.numel()
-        holding += int(torch.count_nonzero(total >= n))
-    return blocks, holding
+    n, m = pattern
+    if len(info.shape) == 2 and info.shape[0 if along_rows else 1] % m == 0:
+        zeros = (part.view(-1, info.shape[1]) == 0).view(torch.uint8)
+        positions = [zeros[i::m] if along_rows else zeros[:, i::m] for i in range(m)]
+        total = sum(positions[1:], positions[0].clone())
+        blocks, holding = total.numel(), int(torch.count_nonzero(total >= n))
+    return count.zeros, count.near_zeros or 0, blocks, holding
 
 
 def _decayed(model: ModelDirectory, names: list[str]) -> tuple[set[str], set[str], str]:
@@ -242,5 +261,5 @@ def _skeleton(model: ModelDirectory) -> nn.Module:
         logging.set_verbosity(verbosity)
 
 
-def _looks_decayed(name: str, tensor: Tensor) -> bool:
-    return tensor.dim() > 1 and not _NOT_DECAYED.search(name)
+def _looks_decayed(info: TensorInfo) -> bool:
+    return len(info.shape) > 1 and not _NOT_DECAYED.search(info.name)

@@ -35,9 +35,10 @@ class StoredTensor:
         size = self.info.nbytes - offset if size is None else size
         return self.file.read(self.start + offset, size)
 
-    def read_into(self, buffer: memoryview) -> None:
-        """Fill a buffer of the tensor's size with its bytes."""
-        self.file.read_into(buffer, self.start)
+    @property
+    def where(self) -> str:
+        """How errors name it."""
+        return f"tensor {self.info.name} in {self.file.path}"
 
 
 class TensorFile:
@@ -95,17 +96,13 @@ class TensorFile:
     def read(self, start: int, size: int) -> bytearray:
         """Read bytes at a place. Safe to call from several threads."""
         data = bytearray(size)
-        self.read_into(memoryview(data), start)
-        return data
-
-    def read_into(self, buffer: memoryview, start: int) -> None:
-        """Fill a buffer of bytes from a place. Safe to call from several threads."""
         done = 0
-        while done < len(buffer):  # the system reads 2 GB at most at a time
-            count = os.preadv(self._handle, [buffer[done:]], start + done)
+        while done < size:  # the system reads 2 GB at most at a time
+            count = os.preadv(self._handle, [memoryview(data)[done:]], start + done)
             if not count:
-                raise self._damaged(f"it ends {len(buffer) - done:,} bytes too early")
+                raise self._damaged(f"it ends {size - done:,} bytes too early")
             done += count
+        return data
 
     def _damaged(self, what: str) -> CompressionError:
         return CompressionError(f"{self.path} is damaged: {what}. {REMEDY}")
