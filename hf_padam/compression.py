@@ -26,13 +26,13 @@ from .packing import (
     CompressionError,
     TensorInfo,
     chain,
-    in_order,
     pack_chunk,
     pack_head,
     records,
     unpack_chunk,
     unpack_head,
 )
+from .parallel import in_order
 from .sparsity_report import SparsityReport
 from .tensor_files import INDEX, StoredTensor, TensorFile, TensorWriter
 

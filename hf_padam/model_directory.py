@@ -19,11 +19,11 @@ from .packing import (
     REMEDY,
     CompressionError,
     TensorInfo,
-    in_order,
     records,
     unpack_chunk,
     unpack_head,
 )
+from .parallel import in_order
 from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFile
 
 CONFIG = "config.json"
@@ -157,7 +157,10 @@ class ModelDirectory:
         """
         for file in self.files:
             if VERSION_KEY not in file.metadata:
-                raise CompressionError(f"{file.path} is damaged, or was not compressed by hf_padam. {REMEDY}")
+                raise CompressionError(
+                    f"{file.path} is damaged, or not compressed although {CONFIG} says so. {REMEDY}; of a model whose "
+                    f"weights are dense, delete quantization_config from {CONFIG}"
+                )
             check_version(file.metadata[VERSION_KEY], str(file.path))
             file.check_header()
             for name, data in (CONFIG, self.config_bytes), (INDEX, self.index_bytes):

@@ -23,7 +23,8 @@ from transformers.utils import logging
 
 from .files import staged
 from .model_directory import ModelDirectory, torch_dtype
-from .packing import TensorInfo, in_order
+from .packing import TensorInfo
+from .parallel import in_order
 from .param_groups import decayed_parameters
 from .sparsity import NEAR_ZERO, TensorCount, count_zeros, summarize
 

@@ -305,3 +305,12 @@ def test_save_compressed_uploads_what_it_has_written(tmp_path):
     assert result.directory == tmp_path / "out" and (tmp_path / "out" / "model.safetensors.index.json").is_file()
     assert not list((tmp_path / "out").glob("dense*"))
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), prune(tiny_llama()))
+
+
+def test_a_model_of_the_hub_is_downloaded_without_its_other_formats(sparse_llama, tmp_path):
+    with mock.patch("huggingface_hub.snapshot_download", return_value=str(sparse_llama)) as download:
+        compress("somebody/sparse-llama", tmp_path / "out")
+    assert download.call_args.args == ("somebody/sparse-llama",)
+    assert not any("bin" in pattern for pattern in download.call_args.kwargs["allow_patterns"])
+    decompress(tmp_path / "out", tmp_path / "back")
+    assert_same_files(sparse_llama, tmp_path / "back")
