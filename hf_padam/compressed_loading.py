@@ -67,19 +67,27 @@ class Unpack(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """See `ConversionOps.convert`: unpack every tensor, in the dtype asked for, on the device it was on."""
-        if model is not None and any(isinstance(p, DTensor) for p in model.parameters()):
+        target = _target(model, full_layer_name)
+        if isinstance(target, DTensor):
             raise CompressionError(
                 "a compressed model cannot be loaded in shards (tp_plan, distributed_config): make the standard "
                 "checkpoint with `hf-padam decompress` and load that"
             )
-        dtype = self.dtype
-        if dtype is None and model is not None:  # Transformers before 5.23 does not say
-            state = dict(model.named_parameters()) | dict(model.named_buffers())
-            dtype = state[full_layer_name].dtype if full_layer_name in state else None
+        dtype = target.dtype if self.dtype is None and target is not None else self.dtype  # Transformers before 5.23
         return {
             name: [_unpack(packed, dtype) for packed in (tensors if isinstance(tensors, list) else [tensors])]
             for name, tensors in input_dict.items()
         }
+
+
+def _target(model: PreTrainedModel | None, name: str) -> Tensor | None:
+    """Return the parameter or buffer that a name stands for, on the meta device or not; None if it is not one."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        found = getattr(model.get_submodule(path), leaf, None) if model is not None else None
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None
 
 
 def _unpack(packed: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -198,7 +198,9 @@ def _new_directory(source: Path | None, destination: str | Path, force: bool) ->
         raise FileExistsError(f"{destination} holds the model to read: name another directory")
     if destination.exists() and any(destination.iterdir() if destination.is_dir() else "x"):
         if not force:
-            raise FileExistsError(f"{destination} exists already: name another directory, or replace it with --force")
+            raise FileExistsError(
+                f"{destination} exists already: name another directory, or replace it with --force (force=True)"
+            )
         if not (destination / CONFIG).is_file():
             raise FileExistsError(f"{destination} is not a model's directory (no {CONFIG}), so --force spares it")
     return staged_new_directory(destination, replace=force)

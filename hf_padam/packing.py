@@ -72,6 +72,12 @@ class TensorInfo:
         return math.prod(self.shape)
 
     @property
+    def plausible(self) -> bool:
+        """Whether the size is that of so many elements, as far as the dtype is known here."""
+        size = _WORD_SIZES.get(self.dtype)
+        return self.nbytes >= 0 and (size is None or self.nbytes == size * self.elements)
+
+    @property
     def chunks(self) -> list[tuple[int, int]]:
         """Offset and size of every chunk, in bytes of the dense tensor."""
         size = CHUNK * self.word.itemsize

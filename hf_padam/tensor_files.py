@@ -76,7 +76,7 @@ class TensorFile:
             raise self._damaged(f"its header cannot be read: {error}") from None
         end = 8 + length
         for tensor in self.tensors:
-            if tensor.start != end or tensor.info.nbytes < 0:
+            if tensor.start != end or not tensor.info.plausible:
                 raise self._damaged(f"its header says that {tensor.info.name} is where it cannot be")
             end += tensor.info.nbytes
         if end != size:
