@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -68,11 +67,6 @@ class Unpack(ConversionOps):
     ) -> dict[str, Any]:
         """See `ConversionOps.convert`: unpack every tensor, in the dtype asked for, on the device it was on."""
         target = _target(model, full_layer_name)
-        if isinstance(target, DTensor):
-            raise CompressionError(
-                "a compressed model cannot be loaded in shards (tp_plan, distributed_config): make the standard "
-                "checkpoint with `hf-padam decompress` and load that"
-            )
         dtype = target.dtype if self.dtype is None and target is not None else self.dtype  # Transformers before 5.23
         return {
             name: [_unpack(packed, dtype) for packed in (tensors if isinstance(tensors, list) else [tensors])]
@@ -126,6 +120,11 @@ class CompressedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Check every byte before the first is used, whatever way the files have come."""
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise CompressionError(
+                "a compressed model cannot be loaded in shards (distributed_config, tp_plan): make the standard "
+                "checkpoint with `hf-padam decompress` and load that"
+            )
         for directory in {Path(file).parent for file in kwargs.get("checkpoint_files") or ()}:
             with ModelDirectory(directory) as stored:
                 stored.check()
