@@ -96,7 +96,7 @@ def compress(source: str | Path, destination: str | Path, *, force: bool = False
                 "model as it was before"
             )
         with _new_directory(model.path, destination, force) as staging:
-            report = SparsityReport.of(model)
+            report = SparsityReport.of(model, near_zero=None)
             left_out = _copy_others(model.path, staging)
             _compress_weights(model, staging)
             add_sparsity(staging / CARD, report, model.nbytes, sum(f.stat().st_size for f in _weights(staging)))

@@ -44,7 +44,7 @@ def blocks_that_hold(matrix, n, m):
 
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["dense", "compressed"])
-@pytest.mark.parametrize("pattern", ["2:4", "3:8"])
+@pytest.mark.parametrize("pattern", ["2:4", "3:8", "9:16"])
 def test_every_figure_is_that_of_the_files(checkpoint, compressed, pattern, tmp_path, capsys):
     tensors = load_file(checkpoint / "model.safetensors")
     if compressed:
