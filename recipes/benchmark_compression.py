@@ -5,8 +5,8 @@ r"""Measure compressed checkpoints: their sizes beside the dense file's, its zst
 Nothing is downloaded: checkpoints in bf16 are made from the models' configs, with random normal weights, and zeros at
 random places in the linear layers, which is the hardest case (trained weights and the zeros of a decay have more
 order). Every round trip is compared byte by byte with the original file. The speeds are of a 1.1 B Llama, each in a
-process of its own; MB are of the dense file, and the memory is what the process holds beside mapped files, as such and,
-without the loaded model, in multiples of the largest tensor. It takes 5 GB of memory, 8 GB of disk, and 8 minutes on
+process of its own; MB are of the dense file, and memory is what the process holds beside mapped files, as such and,
+without the loaded model, in multiples of the largest tensor. It takes 6 GB of memory, 8 GB of disk, and 8 minutes on
 two CPU cores. What to expect, in MB, and of the speeds on two cores of an EPYC that were half taken by other work:
 
     SmolLM2-135M, 269 dense: 121 with 50 % zeros (bitmask 176, zstd 157, gzip 158), 92 with 70 %, 58 with 90 %
