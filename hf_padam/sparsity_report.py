@@ -172,6 +172,7 @@ class SparsityReport:
         for kind, points in kinds.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, linewidth=1, label=kind)
         axes.set(xlabel="layer", ylabel="zeros (%)", ylim=(0, 100), title=f"Zeros by layer: {Path(self.source).name}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", fontsize="small")
         with staged(path) as temporary:
