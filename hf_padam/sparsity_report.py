@@ -159,6 +159,7 @@ class SparsityReport:
         """
         try:
             from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator
         except ImportError:
             raise ImportError('pictures need matplotlib: pip install "hf-padam[recipes]"') from None
         rows = [row for row in self.rows if row.count.decayed] or self.rows
@@ -172,7 +173,7 @@ class SparsityReport:
         for kind, points in kinds.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, linewidth=1, label=kind)
         axes.set(xlabel="layer", ylabel="zeros (%)", ylim=(0, 100), title=f"Zeros by layer: {Path(self.source).name}")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", fontsize="small")
         with staged(path) as temporary:
