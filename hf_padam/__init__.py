@@ -13,7 +13,8 @@ from .optimizer import PAdam
 from .param_groups import decayed_parameters, get_param_groups
 from .pnorm_decay import add_pnorm_decay
 from .schedules import PNormScheduleCallback, PNormScheduler, p_norm_at
-from .target_sparsity import TargetSparsity, TargetSparsityCallback
+from .target_callbacks import TargetSparsityCallback
+from .target_sparsity import TargetSparsity
 from .trainer import PAdamTrainer, PAdamTrainingArguments
 
 __version__ = "0.1.0"

@@ -31,7 +31,8 @@ def check_decay_options(args: Any) -> None:
         ValueError: If they are out of range, would have no effect, or do not go with the optimizer.
     """
     name = OptimizerNames(args.optim).value
-    for key, plain in (("late_decay", False), ("s_rate", 1.0)):
+    plain_values = {"late_decay": False, "s_rate": 1.0, "bf16_stochastic_round": False, "backend": "auto"}
+    for key, plain in plain_values.items():
         if getattr(args, key) != plain:
             raise ValueError(f"{key}={getattr(args, key)!r} is an option of padam and has no effect on optim={name!r}")
     if args.target_sparsity is not None:

@@ -24,7 +24,8 @@ from .backends import CHOICES
 from .eight_bit import S_REFUSAL, PAdam8bit, check_installed
 from .optimizer import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, PAdam, check_hyperparameters
 from .param_groups import get_param_groups
-from .target_sparsity import DEFAULT_END, DEFAULT_START, SCOPES, CallbackFromGroups, check_plan, check_steerable
+from .target_callbacks import CallbackFromGroups
+from .target_sparsity import DEFAULT_END, DEFAULT_START, SCOPES, check_plan, check_steerable
 
 NAME = "padam"
 OPTIMIZERS: dict[str, type[PAdam]] = {NAME: PAdam, "padam_8bit": PAdam8bit}
@@ -145,8 +146,16 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
         target_modules=args.optim_target_modules,
     )
     check_hyperparameters(options)
-    if options["target_sparsity"] is not None:
+    if options["target_sparsity"] is None:
+        for key in ("target_start", "target_end", "target_scope"):
+            if options[key] != OPTIONS[key].default:
+                raise ValueError(
+                    f"{key}={options[key]!r} has no effect without target_sparsity: give that, or drop {key}"
+                )
+    else:
         check_plan(options["target_sparsity"], options["target_start"], options["target_end"])
+        if options["target_scope"] not in SCOPES:
+            raise ValueError(f"target_scope={options['target_scope']!r} is not one of {', '.join(SCOPES)}")
         check_steerable(options | {"p_norm_schedule": getattr(args, "p_norm_schedule", "constant")})
         if lambda_given:
             raise ValueError(
@@ -158,8 +167,6 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
                 "target_sparsity does not work under DeepSpeed, which hands the optimizer pieces of weights joined "
                 "together: use FSDP2 (recipes/accelerate/fsdp2.yaml), or give lambda_p"
             )
-    elif options["target_scope"] not in SCOPES:
-        raise ValueError(f"target_scope={options['target_scope']!r} is not one of {', '.join(SCOPES)}")
     if optimizer_class is PAdam8bit and options["s_rate"] < 1:
         raise ValueError(S_REFUSAL.format(options["s_rate"]))
     return options

@@ -22,7 +22,7 @@ def hyperparameters(optimizer: Optimizer) -> dict[str, list[Any]]:
     groups = [{**group, "lr": group.get("initial_lr", group["lr"])} for group in optimizer.param_groups]
     groups = [group | ({"p_norm": group[FINAL]} if FINAL in group else {}) for group in groups]
     names = set(groups[0]) - {"params", "param_names", "initial_lr", FINAL, *STATE}
-    if "target_sparsity" in names:
+    if {"target_sparsity", "target_step"} & set(groups[0]):
         names.remove("lambda_p")  # a result
     return {name: [group.get(name) for group in groups] for name in sorted(names)}
 
@@ -71,8 +71,11 @@ def warn_of_other_settings(
         given: Settings of this run; these are in force.
     """
     lines = []
-    for name in sorted(loaded.keys() & asked.keys()):
-        pairs = {f"{old} -> {new}" for old, new in zip(loaded[name], asked[name], strict=False) if _differ(old, new)}
+    none = [None] * max(map(len, [*loaded.values(), *asked.values()]), default=0)
+    either = loaded.keys() | asked.keys()
+    for name in sorted(name for name in either if name in loaded and name in asked or name.startswith("target_")):
+        values = zip(loaded.get(name, none), asked.get(name, none), strict=False)
+        pairs = {f"{old} -> {new}" for old, new in values if _differ(old, new)}
         lines += [f"{name}: {pair} (the saved value is used)" for pair in sorted(pairs)]
     for name in sorted(saved.keys() & given.keys()):
         if _differ(saved[name], given[name]):

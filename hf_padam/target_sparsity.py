@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .optimizer import PAdam
+from .schedules import FINAL
 from .sparsity import count_zeros, local_shard, sum_over_shards
 
 logger = logging.getLogger(__name__)
@@ -100,16 +101,19 @@ class TargetSparsity:
         self.last = max(self.first + 1, round(end * total_steps))  # the ramp arrives after this many steps
         self.interval = max(1, (self.last - self.first) // _UPDATES)
         self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        if not isinstance(self.optimizer, PAdam):
+            raise ValueError(
+                f"target_sparsity cannot steer {type(self.optimizer).__name__}: it steers PAdam "
+                '(optim="padam" or "padam_8bit"), and not as DeepSpeed wraps it'
+            )
         steered = self._groups()
         if not steered:
             raise ValueError(
-                "target_sparsity has nothing to steer: no parameter group of the optimizer has a positive lambda_p. "
-                'It works with PAdam (optim="padam" or "padam_8bit")'
+                "target_sparsity has nothing to steer: no parameter group of the optimizer has a positive lambda_p"
             )
         for group in steered:
             check_steerable(group)
-            for name, value in STATE.items():
-                group.setdefault(name, value)
+        self._complete(self.optimizer)
         for pool in self._pools():
             if pool[0]["target_step"] == 0:
                 self._initial(pool)  # so that a target out of reach is refused now; weights may yet be loaded
@@ -120,12 +124,21 @@ class TargetSparsity:
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),
+            self.optimizer.register_load_state_dict_post_hook(self._complete),
         ]
 
     def detach(self) -> None:
         """Leave the optimizer alone from now on."""
         for handle in self._handles:
             handle.remove()
+
+    def finish(self) -> None:
+        """Meet the target now, where training has ended short of the ramp's end: steps that were skipped count not."""
+        for pool in self._pools():
+            if pool[0]["target_step"] < self.last:
+                self._zero_the_rest(pool)
+                for group in pool:
+                    group["target_step"] = self.last
 
     def planned(self, step: int, initial: float = 0.0) -> float:
         """Return the share of zeros planned after `step` steps, for a model that began with the share `initial`."""
@@ -150,6 +163,12 @@ class TargetSparsity:
 
     def _groups(self) -> list[dict[str, Any]]:
         return [g for g in self.optimizer.param_groups if g["lambda_p"] > 0 or "target_step" in g]
+
+    def _complete(self, optimizer: Optimizer) -> None:
+        """Give steered groups what is kept in them, where a state was loaded that was saved without."""
+        for group in self._groups():
+            for name, value in STATE.items():
+                group.setdefault(name, value)
 
     def _pools(self) -> list[list[dict[str, Any]]]:
         groups = self._groups()
@@ -206,6 +225,7 @@ class TargetSparsity:
             exponent = 2 - group["p_norm"]
             group["target_decay"] = max(HOLD, magnitude**exponent / (exponent * horizon))
 
+    @torch.no_grad()
     def _zero_the_rest(self, pool: list[dict[str, Any]]) -> None:
         """Zero the smallest weights until the target is met: what the decay did not get to."""
         zeros, elements = _zeros(pool)
@@ -228,69 +248,14 @@ def steering_of(optimizer: Any) -> TargetSparsity | None:
     return getattr(getattr(optimizer, "optimizer", optimizer), _ATTRIBUTE, None)
 
 
-class TargetSparsityCallback(TrainerCallback):
-    """Steer a Trainer's PAdam to a share of zeros; see `TargetSparsity`.
-
-    Not needed where the training arguments ask for it (``target_sparsity``, also in `optim_args`). `lambda_p` and the
-    share planned so far (`planned_sparsity`) and the share so far (`sparsity`) are added to the training logs.
-
-    Args:
-        target: Share of exact zeros among the decayed weights, in (0, 1).
-        start: See `TargetSparsity`.
-        end: See `TargetSparsity`.
-        per_group: See `TargetSparsity`.
-    """
-
-    def __init__(
-        self, target: float, start: float = DEFAULT_START, end: float = DEFAULT_END, per_group: bool = False
-    ) -> None:
-        check_plan(target, start, end)
-        self._plan: dict[str, Any] = {"target": target, "start": start, "end": end, "per_group": per_group}
-        self._steering: TargetSparsity | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Attach to the optimizer, now that the number of steps is known."""
-        self._steering = TargetSparsity(kwargs["optimizer"], total_steps=state.max_steps, **self._plan)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add to the training logs, for what logs them after this and for the history."""
-        if self._steering is not None and "loss" in kwargs["logs"]:
-            additions = self._steering.state()
-            kwargs["logs"].update(additions)
-            state.log_history[-1].update(additions)
-
-
-class CallbackFromGroups(TargetSparsityCallback):
-    """The callback as every Trainer has it: it acts if the optimizer's groups hold a `target_sparsity`."""
-
-    def __init__(self) -> None:
-        self._steering = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Attach if the groups say so."""
-        groups = getattr(kwargs.get("optimizer"), "param_groups", [])
-        plans = [group for group in groups if group.get("target_sparsity") is not None]
-        self._steering = None
-        if plans:
-            self._plan = {
-                "target": plans[0]["target_sparsity"],
-                "start": plans[0]["target_start"],
-                "end": plans[0]["target_end"],
-                "per_group": plans[0]["target_scope"] == "layer",
-            }
-            super().on_train_begin(args, state, control, **kwargs)
-
-
 def check_steerable(group: Mapping[str, Any]) -> None:
     """Check that zeros can be made with a parameter group's options, and that they stay.
 
     Raises:
         ValueError: If not.
     """
+    if FINAL in group:
+        raise ValueError("target_sparsity and a p-schedule exclude each other: the path is planned for one p")
     for option, plain in (("late_decay", False), ("s_rate", 1.0), ("p_norm_schedule", "constant")):
         if group.get(option, plain) != plain:
             raise ValueError(
@@ -340,9 +305,12 @@ def _histogram(params: Iterable[Tensor], sample: int | None = None) -> Tensor:
         local, sharding = local_shard(param)
         flat = local.reshape(-1)
         stride = max(1, flat.numel() // sample) if sample else 1
+        while local.ndim and math.gcd(stride, local.shape[-1]) > 1 < local.shape[-1]:
+            stride += 1  # else it would see some columns only
         bits = flat[::stride].abs().to(torch.float32).view(torch.int32) >> _SHIFT
-        counts = torch.bincount(bits, minlength=2 ** (31 - _SHIFT)).double() * (flat.numel() / max(1, bits.numel()))
-        counts = sum_over_shards(counts, sharding).cpu()
+        precise = torch.float32 if flat.device.type == "mps" else torch.float64
+        counts = torch.bincount(bits, minlength=2 ** (31 - _SHIFT)).to(precise) * (flat.numel() / max(1, bits.numel()))
+        counts = sum_over_shards(counts, sharding).cpu().double()
         total = counts if total is None else total + counts
     assert total is not None
     return total

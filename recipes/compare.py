@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +38,23 @@ def plan_jobs(plan: dict[str, Any], extra: dict[str, Any], directory: Path) -> d
     jobs = {}
     for seed, (method, settings) in itertools.product(plan["seeds"], plan["methods"].items()):
         for number, options in enumerate(settings):
-            name = re.sub(r"[^a-z0-9.]+", "_", method.lower()).strip("_")
+            name = re.sub(r"[^a-z0-9.]+", "_", f"{method} {setting(options)}".lower()).strip("_")
             merged = plan["options"] | options | extra | {"seed": seed}
-            jobs[method, number, seed] = Job(plan["recipe"], merged, directory / f"{name}-{number}-seed{seed}")
+            jobs[method, number, seed] = Job(plan["recipe"], merged, directory / f"{name}-seed{seed}")
     return jobs
 
 
 def collect(plan: dict[str, Any], results: dict[tuple[str, int, int], dict[str, Any]]) -> list[Point]:
     """Gather results into points: one for each setting, and one for each one-shot pruning of its models."""
-    points: dict[tuple[str, str], Point] = {}
+    points: dict[tuple[str, int, str], Point] = {}
     for (method, number, _), result in results.items():
-        rows = [(method, setting(plan["methods"][method][number]), result)]
-        rows += [(f"{method}, one-shot {r['method']}", f"share {r['share']:g}", r) for r in result["one_shot"]]
+        options = setting(plan["methods"][method][number])
+        rows = [(method, options, result)]
+        for row in result.get("one_shot", []):
+            share = f"share {row['share']:g}"
+            rows.append((f"{method}, one-shot {row['method']}", f"{options}, {share}" if options else share, row))
         for name, text, row in rows:
-            point = points.setdefault((name, text), Point(name, text))
+            point = points.setdefault((name, number, text), Point(name, text))
             point.losses.append(row["validation_loss"])
             point.sparsities.append(row["sparsity"])
             point.others.setdefault("whole model", []).append(row["sparsity_total"])
@@ -81,7 +82,6 @@ def main() -> None:
     directory = check_output_dir(args.output_dir)
     jobs = plan_jobs(plan, extra, directory)
     runner = Runner(args.jobs)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as progress:

@@ -26,9 +26,9 @@ from support.models import load_model_and_tokenizer, save_model
 from support.pruning import PruningArguments, evaluate_one_shot
 from support.timing import StepTimer
 from transformers import TrainerCallback, default_data_collator, set_seed
+from transformers.training_args import OptimizerNames
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
-from hf_padam.other_optimizers import asks_for_decay
 
 
 class TestBefore(TrainerCallback):
@@ -86,7 +86,7 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
     params = dict(model.named_parameters())
-    for callback in pruning_args.callbacks({name: params[name] for name in decayed}):
+    for callback in pruning_args.callbacks({name: params[name] for name in decayed}, OptimizerNames(args.optim).value):
         trainer.add_callback(callback)
     before = report.Magnitudes.of(model, decayed)
     trainer.add_callback(TestBefore(trainer, splits["test"]))
@@ -96,15 +96,13 @@ def main() -> None:
     one_shot = evaluate_one_shot(trainer, pruning_args.one_shot)
 
     # 4. What comes out: model and tokenizer first, the results last.
-    added = " and a p-norm decay" if asks_for_decay(args) else ""
     save_model(output_dir, trainer.save_model, args.should_save)
     block_size = len(next(iter(splits["train"]))["input_ids"])
-    tokens = timer.steps * args.train_batch_size * args.gradient_accumulation_steps * block_size
     report.conclude(
         output_dir,
         trainer.accelerator.unwrap_model(trainer.model),
         decayed,
-        title=f"{model_args.model_name_or_path} fine-tuned with {args.optim.value}{added}",
+        title=f"{model_args.model_name_or_path} fine-tuned with {report.optimizer_name(args)}",
         model_source=str(model_args.model_name_or_path),
         before=before,
         history=trainer.state.log_history,
@@ -116,7 +114,7 @@ def main() -> None:
         one_shot=one_shot,
         **report.target(trainer.optimizer),
         train_steps=trainer.state.global_step,
-        train_tokens_per_second=tokens * args.world_size / timer.seconds if timer.seconds else 0.0,
+        train_tokens_per_second=timer.tokens_per_second(args, block_size),
         seed=args.seed,
     )
 

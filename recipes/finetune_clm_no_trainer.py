@@ -98,13 +98,14 @@ def main() -> None:
         scheduler = accelerator.prepare(scheduler)
     except ValueError as error:
         raise UsageError(f"--lr_scheduler_type: {error}") from error
-    if args.target_sparsity is not None:
-        try:
-            TargetSparsity(optimizer, args.target_sparsity, total_steps)
-        except ValueError as error:
-            raise UsageError(f"--target_sparsity: {error}") from error
     p_schedule = (args.p_norm_start, args.p_norm_schedule_share, args.p_norm_schedule)
     p_scheduler = PNormScheduler(optimizer, total_steps, *p_schedule)
+    steering = None
+    if args.target_sparsity is not None:
+        try:
+            steering = TargetSparsity(optimizer, args.target_sparsity, total_steps)
+        except ValueError as error:
+            raise UsageError(f"--target_sparsity: {error}") from error
     if args.report_to != "none":
         accelerator.init_trackers("padam")
 
@@ -161,7 +162,7 @@ def main() -> None:
                 if progress.step % args.logging_steps == 0 or last:
                     mean_loss = accelerator.gather(torch.stack(progress.losses)).mean().item()
                     sparsity = WeightSparsity().compute(model=plain, decayed=decayed)["sparsity"]
-                    row = {"loss": mean_loss, "sparsity": sparsity}
+                    row = {"loss": mean_loss, "sparsity": sparsity} | (steering.state() if steering else {})
                     if args.p_norm_schedule != "constant":
                         row["p_norm"] = p_scheduler.get_last_p_norm()[0]
                     progress.history.append({"step": progress.step, **row})

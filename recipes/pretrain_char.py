@@ -18,6 +18,7 @@ of two or more dimensions decays, embeddings included; the sparsity of the linea
 from __future__ import annotations
 
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from support.models import save_model
 from support.pruning import PruningArguments, evaluate_one_shot
 from support.timing import StepTimer
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers.training_args import OptimizerNames
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments, WeightSparsity, decayed_parameters
 from hf_padam.registration import OPTIMIZERS
@@ -82,15 +84,19 @@ class CharacterModelArguments:
 
 def with_preset(argv: list[str]) -> list[str]:
     """Put the preset's config file first, unless the command line begins with one of its own."""
-    if argv and not argv[0].startswith("-"):
-        return argv
     words = [word for argument in argv for word in argument.split("=", 1)]
-    given = {a.removeprefix("--"): b for a, b in zip(words, [*words[1:], ""], strict=True) if a.startswith("--")}
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    given = {a.removeprefix("--").replace("-", "_"): b for a, b in pairs if a.startswith("--")}
+    if argv and not argv[0].startswith("-"):
+        if "preset" in given:
+            raise UsageError(f"--preset and the config file {argv[0]} exclude each other: presets are config files")
+        return argv
     name = given.get("preset", "full")
     if name not in PRESETS:
         raise UsageError(f"--preset {name} is not one of {', '.join(PRESETS)}")
     preset = [str(Path(__file__).parent / "configs" / f"pretrain_char_{name}.yaml")]
-    if given.get("optim", "padam") in OPTIMIZERS and not given.keys() & {"lambda_p", "target_sparsity", "optim_args"}:
+    strength = {"lambda_p", "target_sparsity"} & {*given, *re.findall(r"\w+", given.get("optim_args", ""))}
+    if given.get("optim", "padam") in OPTIMIZERS and not strength:
         preset += [f"--{key}={value}" for key, value in PRESETS[name].items()]
     return [*preset, *argv]
 
@@ -138,7 +144,7 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
     params = dict(model.named_parameters())
-    for callback in pruning_args.callbacks({name: params[name] for name in decayed}):
+    for callback in pruning_args.callbacks({name: params[name] for name in decayed}, OptimizerNames(args.optim).value):
         trainer.add_callback(callback)
     before = report.Magnitudes.of(model, decayed)
     trainer.train(resume_from_checkpoint=resume)
@@ -155,7 +161,7 @@ def main() -> None:
         output_dir,
         trainer.accelerator.unwrap_model(trainer.model),
         decayed,
-        title=f"Character GPT-2 trained with {args.optim.value}",
+        title=f"Character GPT-2 trained with {report.optimizer_name(args)}",
         model_source=f"GPT-2, {model_args.n_layer} layers, {model_args.n_head} heads, {model_args.n_embd} wide",
         before=before,
         history=history,
@@ -168,9 +174,7 @@ def main() -> None:
         one_shot=one_shot,
         **report.target(trainer.optimizer),
         train_steps=trainer.state.global_step,
-        train_tokens_per_second=timer.steps * args.train_batch_size * block_size * args.world_size / timer.seconds
-        if timer.seconds
-        else 0.0,
+        train_tokens_per_second=timer.tokens_per_second(args, block_size),
         seed=args.seed,
     )
 

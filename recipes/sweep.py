@@ -13,8 +13,6 @@ In the output directory: pareto.md, pareto.csv and pareto.png, every trial in th
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,29 +57,29 @@ def suggest(trial: optuna.Trial, search: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def open_study(directory: Path, plan: dict[str, Any]) -> optuna.Study:
+def open_study(directory: Path, plan: dict[str, Any], options: dict[str, Any]) -> optuna.Study:
     """Create the study, or open what an earlier command left; trials that it was killed in are tried again.
 
     Raises:
         UsageError: If what is there is no study, or one of another search.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=plan["seed"], multivariate=True, constant_liar=True)
     try:
         study = optuna.create_study(
             study_name="sweep",
             storage=f"sqlite:///{directory / 'study.db'}",
             directions=["minimize", "maximize"],
-            sampler=sampler,
             load_if_exists=True,
         )
     except Exception as error:  # SQLAlchemy raises its own kinds
         database = directory / "study.db"
         raise UsageError(f"{database} cannot be opened as a study: {error}. Give another --output_dir") from error
-    searched = {key: plan[key] for key in ("recipe", "search")}
+    searched = {"recipe": plan["recipe"], "search": plan["search"], "options": options}
     if study.user_attrs.setdefault("plan", searched) != searched:
         raise UsageError(f"{directory} holds a study of {study.user_attrs['plan']}: give another --output_dir")
     study.set_user_attr("plan", searched)
+    seed = plan["seed"] + len(study.trials)  # else a second command would begin with the first one's trials
+    study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.enqueue_trial(trial.params)
         study.tell(trial.number, state=TrialState.FAIL)
@@ -117,9 +115,9 @@ def main() -> None:
     if args.trials < 1:
         raise UsageError(f"--trials {args.trials} is too small: it must be at least 1")
     directory = check_output_dir(args.output_dir)
-    study, runner = open_study(directory, plan), Runner(args.jobs)
+    common = plan["options"] | extra
+    study, runner = open_study(directory, plan, common), Runner(args.jobs)
     finished = len(study.get_trials(states=(TrialState.COMPLETE,)))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failures: list[RunFailed] = []
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -128,7 +126,7 @@ def main() -> None:
 
         def objective(trial: optuna.Trial) -> tuple[float, float]:
             options = suggest(trial, plan["search"])
-            job = Job(plan["recipe"], plan["options"] | extra | options, directory / f"trial-{trial.number}")
+            job = Job(plan["recipe"], common | options, directory / f"trial-{trial.number}")
             try:
                 result = runner.run(job)
             except RunFailed as error:

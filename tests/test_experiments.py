@@ -14,15 +14,21 @@ from pathlib import Path
 import compare
 import pretrain_char
 import pytest
+import sweep
 import torch
 import yaml
 from conftest import REPOSITORY, TEXT, tiny_gpt2, tiny_llama
-from support.characters import Blocks, character_tokenizer, collate_blocks, encode
+from support.arguments import DataArguments, ModelArguments, parse_arguments
+from support.characters import Blocks, TextArguments, character_tokenizer, collate_blocks, encode
+from support.errors import UsageError
 from support.pareto import Point, loss_at, pareto_front
-from support.pruning import MagnitudePruning, SoftThreshold, prune_by_magnitude, prune_by_wanda
+from support.pruning import MagnitudePruning, PruningArguments, SoftThreshold, prune_by_magnitude, prune_by_wanda
+from support.trials import as_arguments, read_plan
 from test_recipes import run_recipe
 from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerControl, TrainerState, TrainingArguments
+
+from hf_padam import PAdamTrainingArguments
 
 TINY = {
     "preset": "cpu", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "max_steps": 20, "logging_steps": 5,
@@ -89,6 +95,7 @@ def test_pretrain_char_evaluates_every_character_of_the_tail_and_reports_both_sp
         ({"n_head": 3}, "--n_embd 16 must be a multiple of --n_head 3"),
         ({"prune_to": 1.5}, "--prune_to 1.5 is not a share of the weights"),
         ({"prune_start": 0.9}, "0 <= start <= end <= 1"),
+        ({"prune_to": 0.5}, "--prune_to and --soft_threshold are methods to compare padam with"),
         ({"train_file": "/nowhere.txt"}, "--train_file /nowhere.txt does not exist"),
         ({"block_size": 10**6}, "fewer than one --block_size"),
     ],
@@ -98,6 +105,54 @@ def test_pretrain_char_refuses_bad_input(tmp_path, text_file, options, message, 
     arguments = flags(TINY | {"train_file": text_file, "output_dir": tmp_path} | options)
     assert message in refusal(pretrain_char.main, arguments, monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_preset_gives_padam_its_strength_unless_another_is_given():
+    def strength(*argv: str) -> bool:
+        return any(argument.startswith("--lambda_p=") for argument in pretrain_char.with_preset(list(argv)))
+
+    assert strength("--preset", "cpu") and strength("--preset=cpu", "--optim_args", "backend=eager")
+    assert not strength("--preset", "cpu", "--optim", "adamw_torch")
+    assert not strength("--preset", "cpu", "--target-sparsity", "0.7")
+    assert not strength("--preset", "cpu", "--optim_args=lambda_p=0.2")
+    with pytest.raises(UsageError, match="exclude each other"):
+        pretrain_char.with_preset(["my.yaml", "--preset", "cpu"])
+
+
+def test_settings_are_told_apart_from_seeds():
+    plan = {"methods": {"AdamW": [{"learning_rate": 1e-3, "one_shot": [0.5]}, {"learning_rate": 3e-3}]}}
+    result = {"validation_loss": 1.0, "sparsity": 0.0, "sparsity_total": 0.0}
+    shot = result | {"method": "magnitude", "share": 0.5, "validation_loss": 2.0}
+    results = {("AdamW", n, seed): result | {"one_shot": [shot]} for n in (0, 1) for seed in (1, 2)}
+    points = compare.collect(plan, results)
+    assert [(p.method, p.setting, len(p.losses)) for p in points] == [
+        ("AdamW", "learning_rate 0.001", 2), ("AdamW", "learning_rate 0.003", 2),
+        ("AdamW, one-shot magnitude", "learning_rate 0.001, share 0.5", 2),
+        ("AdamW, one-shot magnitude", "learning_rate 0.003, share 0.5", 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "file", sorted((REPOSITORY / "recipes" / "configs").glob("sweep_*.yaml")), ids=lambda f: f.name
+)
+def test_the_plans_of_sweeps_are_taken(file):
+    plan = read_plan(str(file), sweep.KEYS)
+    sweep.check_search(plan["search"], str(file))
+
+
+@pytest.mark.parametrize("file", ["compare_char_cpu", "compare_char_full", "compare_quickstart", "targets_char_cpu"])
+def test_every_setting_of_a_plan_is_a_run_of_its_own_that_its_recipe_understands(file, tmp_path, text_file):
+    plan = read_plan(str(REPOSITORY / "recipes" / "configs" / f"{file}.yaml"), compare.KEYS, compare.COMPARED_WITH)
+    jobs = compare.plan_jobs(plan, {}, tmp_path)
+    assert len({job.output_dir for job in jobs.values()}) == len(jobs)
+    for job in list(jobs.values())[: len(jobs) // len(plan["seeds"])]:
+        words = as_arguments({k: v for k, v in job.options.items() if k not in ("bf16",)})
+        if job.recipe == "pretrain_char.py":
+            kinds = (pretrain_char.CharacterModelArguments, TextArguments)
+            words = pretrain_char.with_preset([*words, "--train_file", str(text_file)])
+        else:
+            kinds = (ModelArguments, DataArguments)
+        parse_arguments("", *kinds, PruningArguments, PAdamTrainingArguments, argv=words)
 
 
 def test_blocks_cover_a_text_once_or_start_anywhere():
@@ -206,7 +261,8 @@ def test_compare_tables_every_method_and_takes_up_what_is_finished(tmp_path, tex
         "AdamW", "AdamW, one-shot magnitude", "AdamW, one-shot wanda", "gradual", "gradual", "PAdam",
     ]  # fmt: skip
     padam = [float(row["loss"]) for row in rows if row["method"] == "PAdam"]
-    assert padam == [results_of(out / f"padam-0-seed{seed}")["validation_loss"] for seed in (1, 2)]
+    directories = [out / f"padam_p_norm_0.5_lambda_p_0.05-seed{seed}" for seed in (1, 2)]
+    assert padam == [results_of(directory)["validation_loss"] for directory in directories]
     assert padam[0] != padam[1]
     gradual = [float(row["sparsity"]) for row in rows if row["method"] == "gradual"]
     assert gradual == pytest.approx([0.4, 0.4, 0.8, 0.8], abs=2e-3)
@@ -214,10 +270,14 @@ def test_compare_tables_every_method_and_takes_up_what_is_finished(tmp_path, tex
 
     # The second time, only the run that is missing is made.
     times = {file: file.stat().st_mtime_ns for file in out.glob("*/results.json")}
-    (out / "gradual-1-seed2" / "results.json").unlink()
+    (out / "gradual_prune_to_0.8-seed2" / "results.json").unlink()
     assert run_recipe("compare.py", *arguments).returncode == 0
     changed = [f.parent.name for f in out.glob("*/results.json") if f.stat().st_mtime_ns != times[f]]
-    assert changed == ["gradual-1-seed2"]
+    assert changed == ["gradual_prune_to_0.8-seed2"]
+
+    # A finished run of other options is not thrown away.
+    result = run_recipe("compare.py", *arguments, "--max_steps", "21")
+    assert result.returncode == 2 and "holds a finished run of other options" in result.stderr, result.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +318,7 @@ def test_a_sweep_goes_on_after_it_was_killed(tmp_path, text_file):
     result = run_recipe("sweep.py", *arguments, "3")
     assert result.returncode == 0, result.stderr[-3000:]
     rows = list(csv.DictReader((out / "pareto.csv").open()))
-    assert len(rows) == 3
+    assert len(rows) == 3 == len({row["setting"].partition(": ")[2] for row in rows})  # none was drawn twice
     losses = {round(float(row["loss"]), 9) for row in rows}
     assert losses <= {round(results_of(f.parent)["validation_loss"], 9) for f in out.glob("*/results.json")}
     assert all(math.isfinite(loss) for loss in losses)

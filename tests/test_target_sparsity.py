@@ -164,6 +164,28 @@ def test_each_group_alone_or_all_together():
         assert (max(abs(s - 0.6) for s in shares) < 0.01) is per_group, shares
 
 
+def test_a_structure_in_the_columns_does_not_mislead_the_sample():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(1024, 1024))
+    with torch.no_grad():
+        weight[:, ::4] *= 2
+    optimizer = PAdam([weight], lr=1e-3, p_norm=0.5, backend="compiled")
+    TargetSparsity(optimizer, 0.7, 60)
+    for _ in range(60):
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    assert share([weight]) == pytest.approx(0.7, abs=0.003)
+
+
+def test_a_ramp_that_skipped_steps_cut_short_is_finished():
+    model, x, y = problem()
+    optimizer = PAdam(groups_of(model, 0.8), lr=3e-3)
+    steering = TargetSparsity(optimizer, 0.5, STEPS, end=1.0)
+    train(model, optimizer, schedule("constant", optimizer, STEPS), x, y, range(STEPS - 5))
+    steering.finish()
+    assert share(weights_of(model)) == pytest.approx(0.5, abs=0.01)
+
+
 def test_zeros_that_are_there_count_and_stay():
     model, x, y = problem()
     with torch.no_grad():
@@ -283,6 +305,29 @@ def test_an_interrupted_trainer_goes_on_to_the_same_weights(tmp_path, caplog):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"lambda_p": 0.1}, {"target_sparsity": 0.6}, "target_sparsity: None -> 0.6 (the saved value is used)"),
+        ({"target_sparsity": 0.6}, {"lambda_p": 0.1}, "target_sparsity: 0.6 -> None (the saved value is used)"),
+        ({"target_sparsity": 0.6}, {"target_sparsity": 0.7}, "target_sparsity: 0.6 -> 0.7 (the saved value is used)"),
+    ],
+    ids=["added", "dropped", "changed"],
+)
+def test_another_target_at_resumption_is_named(tmp_path, caplog, first, second, message):
+    for options, resume in ((first | {"max_steps": 4}, None), (second | {"max_steps": 6}, True)):
+        args = training_arguments(PAdamTrainingArguments, tmp_path, save_steps=4, **options)
+        PAdamTrainer(model=tiny_llama(), args=args, train_dataset=blocks()).train(resume_from_checkpoint=resume)
+    assert message in caplog.text
+
+
+def test_only_padam_is_steered(tmp_path):
+    args = training_arguments(TrainingArguments, tmp_path, optim="adamw_torch")
+    trainer = Trainer(model=tiny_llama(), args=args, train_dataset=blocks(), callbacks=[TargetSparsityCallback(0.6)])
+    with pytest.raises(ValueError, match="cannot steer AdamW: it steers PAdam"):
+        trainer.train()
+
+
 def test_named_modules_stay_dense(tmp_path):
     options = dict(target_sparsity=0.6, p_norm=0.5, dense_modules=["down_proj", "layers.0"])
     args = training_arguments(PAdamTrainingArguments, tmp_path, **options)
@@ -307,7 +352,8 @@ def test_named_modules_stay_dense(tmp_path):
         ({"target_sparsity": 0.5, "late_decay": True}, "late_decay=True exclude each other"),
         ({"target_sparsity": 0.5, "p_norm_schedule": "linear"}, "p_norm_schedule='linear' exclude each other"),
         ({"s_rate": 0.5, "optim": "adamw_torch"}, "has no effect on optim='adamw_torch'"),
-        ({"target_scope": "model"}, "target_scope='model' is not one of global, layer"),
+        ({"target_scope": "layer"}, "has no effect without target_sparsity"),
+        ({"target_sparsity": 0.5, "target_scope": "model"}, "target_scope='model' is not one of global, layer"),
         ({"dense_modules": "[oops"}, "is not a list in JSON"),
     ],
     ids=str,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_padam.checkpoints import TRAINER_STATE, CheckpointError, check_checkpoint
 from hf_padam.files import write_atomically
@@ -146,7 +146,7 @@ def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]
     parser.add_argument("--help_all", action="help", help="show every training option that Transformers has, and exit")
     known = {f.name for kind in dataclass_types for f in dataclasses.fields(kind) if f.init}
     if "--help" in argv or "-h" in argv:
-        _shorten_help(parser)
+        _shorten_help(parser, dataclass_types)
     if argv and not argv[0].startswith("-"):
         argv = _config_as_options(Path(argv[0]), known) + argv[1:]
     try:
@@ -192,11 +192,12 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return ", ".join(option for option in action.option_strings if "-" not in option[2:]) or "CONFIG"
 
 
-def _shorten_help(parser: HfArgumentParser) -> None:
+def _shorten_help(parser: HfArgumentParser, dataclass_types: Sequence[Any]) -> None:
     """Hide the training options that few people set."""
     shown = {*COMMON, "help", "help_all"}
-    for kind in (ModelArguments, DataArguments):
-        shown |= {f.name for f in dataclasses.fields(kind)}
+    for kind in dataclass_types:
+        if not issubclass(kind, TrainingArguments):
+            shown |= {f.name for f in dataclasses.fields(kind)}
     for action in parser._actions:
         if action.dest not in shown or any(option.startswith("--no_") for option in action.option_strings):
             action.help = argparse.SUPPRESS
@@ -224,7 +225,7 @@ def _config_as_options(path: Path, known: set[str]) -> list[str]:
         if value is None:
             continue
         options.append(f"--{key}")
-        if isinstance(value, list) and key not in _JSON_LISTS:
+        if isinstance(value, list) and key not in JSON_LISTS:
             options += [str(item) for item in value]
         else:
             options.append(json.dumps(value) if isinstance(value, dict | list) else str(value))
@@ -284,7 +285,7 @@ def save_config(path: Path, *parsed: Any) -> None:
 
 
 # Fields that take a string or a list: argparse would take the first item for the string.
-_JSON_LISTS = {"optim_target_modules", "dense_modules"}
+JSON_LISTS = {"optim_target_modules", "dense_modules"}
 _NOT_OPTIONS = {
     "resume_from_checkpoint",
     "preset",  # the saved options are complete without

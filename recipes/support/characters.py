@@ -67,6 +67,8 @@ def load_text(args: TextArguments) -> tuple[str, str]:
         raw = load_raw(args, options)
         column = text_column({"train": next(iter(raw.values()))}, args.text_column)
         rows = [row for split in raw.values() for row in split[column] if row]
+        if not all(isinstance(row, str) for row in rows):
+            raise UsageError(f"column {column} does not hold text: name another with --text_column")
         text = "".join(row if row.endswith("\n") else row + "\n" for row in rows)
     cut = len(text) - round(len(text) * args.validation_split_percentage / 100)
     if not text[:cut] or not text[cut:]:

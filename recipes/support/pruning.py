@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from hf_padam import PAdamTrainer
+from hf_padam.registration import OPTIMIZERS
 
 from .errors import UsageError
 
@@ -69,8 +70,16 @@ class PruningArguments:
         if not 0 <= self.soft_threshold < math.inf:
             raise UsageError(f"--soft_threshold {self.soft_threshold} must be a finite number of at least 0")
 
-    def callbacks(self, params: dict[str, nn.Parameter]) -> list[TrainerCallback]:
-        """Return what prunes `params` during training as these arguments say."""
+    def callbacks(self, params: dict[str, nn.Parameter], optim: str) -> list[TrainerCallback]:
+        """Return what prunes `params` during training as these arguments say.
+
+        Raises:
+            UsageError: If PAdam, which makes zeros of its own, would be mixed with another method.
+        """
+        if optim in OPTIMIZERS and (self.prune_to or self.soft_threshold):
+            raise UsageError(
+                f"--prune_to and --soft_threshold are methods to compare {optim} with: give --optim adamw_torch"
+            )
         tensors = list(params.values())
         callbacks: list[TrainerCallback] = []
         if self.prune_to:

@@ -22,9 +22,12 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers.training_args import OptimizerNames
 
 import hf_padam
+from hf_padam import PAdamTrainingArguments
 from hf_padam.files import staged, write_atomically
+from hf_padam.other_optimizers import asks_for_decay
 from hf_padam.sparsity import (
     NEAR_ZERO,
     TensorCount,
@@ -183,6 +186,12 @@ def conclude(
         },
     )
     write_report(directory, run)
+
+
+def optimizer_name(args: PAdamTrainingArguments) -> str:
+    """Name what trains, for titles."""
+    name = OptimizerNames(args.optim).value
+    return f"{name} and a p-norm decay" if asks_for_decay(args) and args.lambda_p else name
 
 
 def target(optimizer: Any) -> dict[str, Any]:

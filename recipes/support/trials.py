@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +20,9 @@ import torch
 import yaml
 
 from hf_padam.files import write_atomically
+from hf_padam.interruption import EXIT_STATUS
 
+from .arguments import JSON_LISTS
 from .errors import RunFailed, UsageError
 
 Options = dict[str, Any]
@@ -55,8 +58,9 @@ class Runner:
             threads = {"OMP_NUM_THREADS": str(max(1, cores // self.jobs))} if self.jobs > 1 else {}
             self._slots.put({"CUDA_VISIBLE_DEVICES": names[i % gpus]} if gpus else threads)
         self._running: set[subprocess.Popen] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may come while it is held
         self._stopped = False
+        signal.signal(signal.SIGTERM, self._exit)
 
     def run(self, job: Job) -> dict[str, Any]:
         """Run one job, or take the results that an earlier run with the same options left.
@@ -68,6 +72,10 @@ class Runner:
         request, results, log = (job.output_dir / name for name in ("options.json", "results.json", "log.txt"))
         if results.is_file() and request.is_file() and request.read_text() == asked:
             return json.loads(results.read_text())
+        if results.is_file():
+            raise UsageError(
+                f"{job.output_dir} holds a finished run of other options: remove it, or give another --output_dir"
+            )
         shutil.rmtree(job.output_dir, ignore_errors=True)
         job.output_dir.mkdir(parents=True)
         write_atomically(request, asked)
@@ -85,7 +93,8 @@ class Runner:
             status = process.wait()
         finally:
             self._slots.put(environment)
-        self._running.discard(process)
+        with self._lock:
+            self._running.discard(process)
         if status != 0 or not results.is_file():
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             reason = lines[-1] if lines else f"exit status {status}"
@@ -109,11 +118,15 @@ class Runner:
                 raise
         return [future.result() for future in futures]
 
+    def _exit(self, *_: Any) -> None:
+        self.stop()
+        sys.exit(EXIT_STATUS)
+
     def stop(self) -> None:
         """Terminate what is running, and start nothing more."""
         with self._lock:
             self._stopped = True
-            for process in self._running:
+            for process in list(self._running):
                 process.terminate()
 
 
@@ -122,8 +135,8 @@ def as_arguments(options: Mapping[str, Any]) -> list[str]:
     arguments = []
     for name, value in options.items():
         arguments.append(f"--{name}")
-        for item in value if isinstance(value, list) else [value]:
-            arguments.append(json.dumps(item) if isinstance(item, dict) else str(item))
+        for item in value if isinstance(value, list) and name not in JSON_LISTS else [value]:
+            arguments.append(json.dumps(item) if isinstance(item, dict | list) else str(item))
     return arguments
 
 
@@ -148,7 +161,7 @@ def read_plan(path: str, keys: Mapping[str, type], optional: Mapping[str, type] 
         may = f", and may have {', '.join(optional)}" if optional else ""
         raise UsageError(f"{path} must have the keys {', '.join(keys)}{may}; it has {given}")
     for key, kind in {key: kind for key, kind in {**keys, **optional}.items() if key in plan}.items():
-        if not isinstance(plan[key], kind) or not plan[key]:
+        if not isinstance(plan[key], kind) or plan[key] in ("", [], {}):
             raise UsageError(f"{path}: {key} is {plan[key]!r}, which is empty or of the wrong type")
     if not (RECIPES / plan["recipe"]).is_file():
         raise UsageError(f"{path}: there is no recipe {plan['recipe']!r} in {RECIPES}")
