@@ -23,7 +23,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from support.arguments import check_output_dir
 from support.errors import UsageError, reports_usage_errors
 from support.pareto import Comparison, Point, setting
-from support.report import hardware
 from support.trials import Job, Runner, extra_options, read_plan
 
 KEYS = {"title": str, "recipe": str, "options": dict, "seeds": list, "methods": dict}
@@ -97,7 +96,8 @@ def main() -> None:
         collect(plan, dict(zip(jobs, results, strict=True))), plan.get("dense"), plan.get("reference")
     )
     seeds = ", ".join(map(str, plan["seeds"]))
-    comparison.write(directory, plan["title"], f"Seeds {seeds}; {results[0]['hardware']}; {hardware()}.")
+    machines = "; ".join(sorted({result["hardware"] for result in results}))
+    comparison.write(directory, plan["title"], f"Seeds {seeds}. Each run on: {machines}.")
     comparison.print(plan["title"])
     print(f"pareto.md, pareto.csv and pareto.png are in {directory}")
 

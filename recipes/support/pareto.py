@@ -161,7 +161,7 @@ class Comparison:
             )
         if self._dense is not None:
             axis.axhline(self._dense, color="gray", linewidth=0.8, linestyle=":")
-            low, high = self._dense, max(min(max(p.loss for p in self.points), 1.35 * self._dense), 1.02 * self._dense)
+            low, high = self._dense, max(min(max(p.loss for p in self.points), 1.2 * self._dense), 1.02 * self._dense)
             axis.set_ylim(min(low, *(p.loss for p in self.points)) - 0.05 * (high - low), high + 0.05 * (high - low))
         axis.set(xlabel="exact zeros among the decayed weights (%)", ylabel="validation loss (nats per token)")
         axis.set_title(title)
