@@ -20,8 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from hf_padam import PAdam, get_param_groups
-from hf_padam.sparsity import count_model_zeros, summarize
+from hf_padam import PAdam, TargetSparsity, get_param_groups
+from hf_padam.sparsity import count_model_zeros, count_zeros, summarize
 
 STEPS = 20
 
@@ -49,6 +49,16 @@ def optimizer_for(model: nn.Module, lr: float = 1e-2) -> PAdam:
     groups = [{"params": kinds[k], "p_norm": p, "lambda_p": lambda_p} for k, (p, lambda_p) in decay.items()]
     groups[0]["s_rate"], groups[2]["late_decay"] = 0.3, True
     return PAdam([group for group in groups if group["params"]], lr=lr)
+
+
+def train_to_target(model: nn.Module) -> float:
+    """Train to half of zeros, over all shards; return the share that was reached."""
+    weights = [param for name, param in model.named_parameters() if name.endswith(".weight")]
+    optimizer = PAdam(weights, lr=1e-2, p_norm=0.5)
+    TargetSparsity(optimizer, 0.5, STEPS)
+    train(model, optimizer)
+    counts = count_zeros({str(i): param for i, param in enumerate(weights)})
+    return sum(count.zeros for count in counts) / sum(count.elements for count in counts)
 
 
 def train(model: nn.Module, optimizer: PAdam, first_step: int = 0, last_step: int = STEPS) -> None:
@@ -127,6 +137,11 @@ def main(directory: str) -> dict:
         decayed = [name for name, _ in model.named_parameters() if name.endswith(".weight")]
         sparsities[way] = summarize(count_model_zeros(model, decayed))
         differences[way] = difference(model, whole)
+    targets = {}
+    for way, build in ways.items():
+        model = build()
+        share = train_to_target(model)
+        targets[way] = (share, full_weights(model))
     model = with_fully_shard()
     optimizer = optimizer_for(model, lr=123.0)  # the checkpoint's takes its place
     load(Path(directory) / "one", model, optimizer)
@@ -146,6 +161,8 @@ def main(directory: str) -> dict:
     return {
         "differences": differences,
         "sparsities": sparsities,
+        "targets": {way: share for way, (share, _) in targets.items()},
+        "target_difference": difference_of(targets["fully_shard"][1], torch.load(Path(directory) / "target.pt")),
         "shards_of_last": empty,
         "refusal": refusal,
         "zero3_refusal": zero3_refusal,
@@ -159,6 +176,10 @@ def difference(model: nn.Module, expected: dict[str, Tensor]) -> float:
             weights = {k.replace("_fsdp_wrapped_module.", ""): v for k, v in full_weights(model).items()}
     else:
         weights = full_weights(model)
+    return difference_of(weights, expected)
+
+
+def difference_of(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     assert weights.keys() == expected.keys()
     return max((weights[name] - expected[name]).abs().max().item() for name in expected)
 

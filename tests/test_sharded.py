@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sharded import STEPS, OddModel, load, optimizer_for, save, train
+from sharded import STEPS, OddModel, load, optimizer_for, save, train, train_to_target
 from test_distributed import job
 
 from hf_padam.sparsity import count_model_zeros, summarize
@@ -23,6 +23,9 @@ def trained(tmp_path_factory):
     save(directory / "one", model, optimizer)
     train(model, optimizer, STEPS // 2)
     torch.save({name: param.detach() for name, param in model.named_parameters()}, directory / "whole.pt")
+    steered = OddModel()
+    train_to_target(steered)
+    torch.save({name: param.detach() for name, param in steered.named_parameters()}, directory / "target.pt")
     return directory, model, optimizer, job(2, "sharded.py", directory)
 
 
@@ -35,6 +38,13 @@ def test_sharded_steps_are_those_of_one_process(trained, way):
     assert result["sparsities"][way] == expected
     assert expected["sparsity"] > 0.05
     assert result["shards_of_last"] == [14, 0], "one process has nothing of the last layer"
+
+
+def test_a_target_is_one_of_all_shards(trained):
+    *_, result = trained
+    assert set(result["targets"]) == {"fully_shard", "fsdp1", "tensor_parallel"}
+    assert all(share == pytest.approx(0.5, abs=0.01) for share in result["targets"].values()), result["targets"]
+    assert result["target_difference"] < TOLERANCE
 
 
 def test_parameters_that_fsdp1_flattened_are_refused(trained):
