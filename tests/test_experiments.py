@@ -119,6 +119,15 @@ def test_a_preset_gives_padam_its_strength_unless_another_is_given():
         pretrain_char.with_preset(["my.yaml", "--preset", "cpu"])
 
 
+def test_a_target_takes_the_place_of_the_strength_in_a_config_file():
+    kinds = (ModelArguments, DataArguments, PAdamTrainingArguments)
+    file = str(REPOSITORY / "recipes" / "configs" / "quickstart.yaml")
+    *_, args = parse_arguments("", *kinds, argv=[file, "--target_sparsity", "0.2"])
+    assert (args.target_sparsity, args.lambda_p, args.p_norm) == (0.2, None, 0.3)
+    *_, args = parse_arguments("", *kinds, argv=[file])
+    assert (args.target_sparsity, args.lambda_p) == (None, 0.3)
+
+
 def test_settings_are_told_apart_from_seeds():
     plan = {"methods": {"AdamW": [{"learning_rate": 1e-3, "one_shot": [0.5]}, {"learning_rate": 3e-3}]}}
     result = {"validation_loss": 1.0, "sparsity": 0.0, "sparsity_total": 0.0}

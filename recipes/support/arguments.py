@@ -148,7 +148,7 @@ def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]
     if "--help" in argv or "-h" in argv:
         _shorten_help(parser, dataclass_types)
     if argv and not argv[0].startswith("-"):
-        argv = _config_as_options(Path(argv[0]), known) + argv[1:]
+        argv = _config_as_options(Path(argv[0]), known, argv[1:]) + argv[1:]
     try:
         *parsed, remaining = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     except (ValueError, TypeError, ImportError) as error:
@@ -203,8 +203,10 @@ def _shorten_help(parser: HfArgumentParser, dataclass_types: Sequence[Any]) -> N
             action.help = argparse.SUPPRESS
 
 
-def _config_as_options(path: Path, known: set[str]) -> list[str]:
+def _config_as_options(path: Path, known: set[str], overrides: Sequence[str]) -> list[str]:
     """Read a config file and write it as command-line options, so that both are parsed and overridden alike."""
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in overrides if word.startswith("--")}
+    overridden = {key for key, others in _IN_PLACE_OF.items() if given & others}
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise UsageError(f"{path} is not a config file: it must end in .yaml, .yml or .json; options start with --")
     try:
@@ -222,7 +224,7 @@ def _config_as_options(path: Path, known: set[str]) -> list[str]:
             raise UsageError(
                 f"{path}: unknown key {key!r}{_suggest(str(key), known)}. Keys are option names without --"
             )
-        if value is None:
+        if value is None or key in overridden:
             continue
         options.append(f"--{key}")
         if isinstance(value, list) and key not in JSON_LISTS:
@@ -284,6 +286,8 @@ def save_config(path: Path, *parsed: Any) -> None:
     write_atomically(path, yaml.safe_dump(config, sort_keys=False))
 
 
+# Keys of a config file that give way to an option of the command line which excludes them.
+_IN_PLACE_OF = {"lambda_p": {"target_sparsity"}, "target_sparsity": {"lambda_p"}}
 # Fields that take a string or a list: argparse would take the first item for the string.
 JSON_LISTS = {"optim_target_modules", "dense_modules"}
 _NOT_OPTIONS = {
