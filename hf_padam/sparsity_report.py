@@ -238,7 +238,10 @@ def _decayed(model: ModelDirectory, names: list[str]) -> tuple[set[str], set[str
     except Exception as error:  # an unknown class, or code of its own that is not run here
         return set(), set(), f"decayed: guessed from names and shapes, for want of the model's class ({error})"
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
-    aliases: Callable[[str], set[str]] = lambda name: {name, prefix + name, name.removeprefix(prefix)}  # noqa: E731
+
+    def aliases(name: str) -> set[str]:
+        return {name, prefix + name, name.removeprefix(prefix)}
+
     decayed = {alias for name in decayed_parameters(skeleton) for alias in aliases(name)}
     conv1d = [f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, Conv1D)]
     along_rows = {alias for name in conv1d for alias in aliases(name)}

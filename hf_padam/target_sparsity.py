@@ -96,7 +96,7 @@ class TargetSparsity:
         check_plan(target, start, end)
         if total_steps < 1:
             raise ValueError(f"total_steps={total_steps!r} is not allowed: it must be at least 1")
-        self.target, self.total_steps, self.per_group = target, total_steps, per_group
+        self.target, self.per_group = target, per_group
         self.first = min(math.floor(start * total_steps), total_steps - 1)
         self.last = max(self.first + 1, round(end * total_steps))  # the ramp arrives after this many steps
         self.interval = max(1, (self.last - self.first) // _UPDATES)
@@ -133,7 +133,7 @@ class TargetSparsity:
             handle.remove()
 
     def finish(self) -> None:
-        """Meet the target now, where training has ended short of the ramp's end: steps that were skipped count not."""
+        """Meet the target now, where training ended before the ramp did because skipped steps do not count."""
         for pool in self._pools():
             if pool[0]["target_step"] < self.last:
                 self._zero_the_rest(pool)
@@ -300,7 +300,7 @@ def _histogram(params: Iterable[Tensor], sample: int | None = None) -> Tensor:
         params: Any shapes.
         sample: Look at this many elements of each shard at most, evenly spaced, and scale the counts up.
     """
-    total = None
+    totals: dict[tuple, Tensor] = {}  # one for each device and sharding, so that few are reduced and transferred
     for param in params:
         local, sharding = local_shard(param)
         flat = local.reshape(-1)
@@ -310,10 +310,9 @@ def _histogram(params: Iterable[Tensor], sample: int | None = None) -> Tensor:
         bits = flat[::stride].abs().to(torch.float32).view(torch.int32) >> _SHIFT
         precise = torch.float32 if flat.device.type == "mps" else torch.float64
         counts = torch.bincount(bits, minlength=2 ** (31 - _SHIFT)).to(precise) * (flat.numel() / max(1, bits.numel()))
-        counts = sum_over_shards(counts, sharding).cpu().double()
-        total = counts if total is None else total + counts
-    assert total is not None
-    return total
+        key = flat.device, sharding
+        totals[key] = totals[key] + counts if key in totals else counts
+    return torch.stack([sum_over_shards(total, key[1]).cpu().double() for key, total in totals.items()]).sum(0)
 
 
 def _quantile(histogram: Tensor, share: float) -> float:

@@ -67,6 +67,7 @@ class Runner:
 
         Raises:
             RunFailed: If it ends without results.
+            UsageError: If a finished run of other options is in its place.
         """
         asked = json.dumps({"recipe": job.recipe, "options": job.options}, indent=1, sort_keys=True) + "\n"
         request, results, log = (job.output_dir / name for name in ("options.json", "results.json", "log.txt"))
