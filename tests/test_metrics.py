@@ -98,10 +98,25 @@ def test_near_zeros_are_counted_apart_from_zeros():
     assert count.near_zeros is None
 
 
-def test_empty_models_and_16_bit_tensors():
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.bool],
+    ids=str,
+)
+def test_zeros_are_counted_in_every_dtype(dtype):
+    values = torch.tensor([0.0, -0.0, 1.0, 0.0, math.nan, -0.25 if dtype.is_floating_point else 3.0])
+    values = values if dtype.is_floating_point else values.nan_to_num(nan=1.0)
+    (count,) = count_zeros({"w": values.to(dtype).reshape(3, 2).T})
+    assert (count.zeros, count.elements) == (3, 6)
+
+
+def test_subnormal_numbers_are_not_zeros():
+    (count,) = count_zeros({"w": torch.tensor([2.0**-149, -(2.0**-149), 0.0])})
+    assert count.zeros == 1
+
+
+def test_empty_models_have_no_zeros():
     assert summarize([])["sparsity"] == 0.0
-    (count,) = count_zeros({"w": torch.tensor([0.0, 1.0], dtype=torch.bfloat16)})
-    assert count.sparsity == 0.5
     assert count_model_zeros(torch.nn.Identity()) == []
 
 
