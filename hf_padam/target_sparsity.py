@@ -29,7 +29,7 @@ from .sparsity import count_zeros, local_shard, sum_over_shards
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_START, DEFAULT_END = 0.0, 0.75
+DEFAULT_START, DEFAULT_END = 0.2, 0.75
 SCOPES = ("global", "layer")
 HOLD = 2.0**-100
 """``lr * lambda_p`` where nothing is to die: so little that it moves no weight, enough for zero to stay absorbing."""
