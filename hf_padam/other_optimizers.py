@@ -13,7 +13,18 @@ from transformers.training_args import OptimizerNames
 from .optimizer import DEFAULT_P_NORM
 from .param_groups import get_param_groups
 from .pnorm_decay import add_pnorm_decay, decay_scalars, has_pnorm_decay
-from .registration import OPTIMIZERS
+from .registration import OPTIMIZERS, OPTIONS
+from .schedules import FINAL
+
+_PADAM_ONLY = (
+    "late_decay",
+    "s_rate",
+    "bf16_stochastic_round",
+    "backend",
+    "target_start",
+    "target_end",
+    "target_scope",
+)
 
 
 def asks_for_decay(args: TrainingArguments) -> bool:
@@ -31,9 +42,8 @@ def check_decay_options(args: Any) -> None:
         ValueError: If they are out of range, would have no effect, or do not go with the optimizer.
     """
     name = OptimizerNames(args.optim).value
-    plain_values = {"late_decay": False, "s_rate": 1.0, "bf16_stochastic_round": False, "backend": "auto"}
-    for key, plain in plain_values.items():
-        if getattr(args, key) != plain:
+    for key in _PADAM_ONLY:
+        if getattr(args, key) != OPTIONS[key].default:
             raise ValueError(f"{key}={getattr(args, key)!r} is an option of padam and has no effect on optim={name!r}")
     if args.target_sparsity is not None:
         raise ValueError(
@@ -47,11 +57,12 @@ def check_decay_options(args: Any) -> None:
                 f"to {name}, give lambda_p and p_norm as options of their own (--lambda_p, --p_norm)"
             )
     if args.lambda_p is None:
-        if args.p_norm != DEFAULT_P_NORM:
-            raise ValueError(
-                f"p_norm={args.p_norm!r} has no effect on optim={name!r} without lambda_p, the strength of the decay: "
-                "give lambda_p too, or drop p_norm"
-            )
+        for key, plain in (("p_norm", DEFAULT_P_NORM), ("p_norm_schedule", "constant")):
+            if getattr(args, key) != plain:
+                raise ValueError(
+                    f"{key}={getattr(args, key)!r} has no effect on optim={name!r} without lambda_p, the strength of "
+                    f"the decay: give lambda_p too, or drop {key}"
+                )
         return
     decay_scalars({"lr": args.learning_rate, "p_norm": args.p_norm, "lambda_p": args.lambda_p})
     why = None
@@ -99,4 +110,9 @@ def attach_decay(optimizer: Optimizer, model: nn.Module, args: Any, targets: dic
     """
     if not has_pnorm_decay(optimizer):
         decayed = get_param_groups(model, **targets)[0]["params"]
-        add_pnorm_decay(optimizer, p_norm=args.p_norm, lambda_p=args.lambda_p, params=decayed)
+        moves = args.p_norm_schedule != "constant"
+        p_norm = args.p_norm_start if moves else args.p_norm
+        add_pnorm_decay(optimizer, p_norm=p_norm, lambda_p=args.lambda_p, params=decayed)
+        for group in optimizer.param_groups:
+            if moves and group["lambda_p"] > 0:
+                group[FINAL] = args.p_norm

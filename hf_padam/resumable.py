@@ -18,15 +18,17 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
+from transformers.training_args import OptimizerNames
 
 from .checkpoints import (
     TRAINER_STATE,
+    CheckpointError,
     resolve_checkpoint,
     rotate_checkpoints,
     staged_checkpoint,
 )
 from .interruption import EXIT_STATUS, StopSignal
-from .settings import check_world_size, hyperparameters, warn_of_other_settings
+from .settings import check_optimizer, check_world_size, hyperparameters, warn_of_other_settings
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class ResumableTrainer(Trainer):
     * A checkpoint is written whole or not at all. A run that goes on from one ends with the weights and the log
       history of a run that was never interrupted.
     * A checkpoint of other settings is used with a warning that lists them: those that the optimizer saves (learning
-      rate, decay, ...) stay as they were, all others are the new ones.
+      rate, decay, ...) stay as they were, all others are the new ones. One of another model or optimizer is refused.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,6 +80,8 @@ class ResumableTrainer(Trainer):
         if "processes" in saved:
             distributed_type = self.accelerator.distributed_type
             check_world_size(checkpoint, saved["processes"], self.args.world_size, distributed_type)
+        if "optim" in saved:
+            check_optimizer(checkpoint, saved["optim"], OptimizerNames(self.args.optim).value)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch, but not a step more if the checkpoint is of the last one."""
@@ -120,6 +124,17 @@ class ResumableTrainer(Trainer):
 
     # Loading.
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            if "state_dict" not in str(error):
+                raise
+            raise CheckpointError(
+                f"{resume_from_checkpoint} is of another model: {error}\nGive the model that the run began with, or "
+                "start a new run in another directory"
+            ) from error
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         run_state = _read_run_state(checkpoint)
@@ -145,7 +160,7 @@ class ResumableTrainer(Trainer):
     def _settings(self) -> dict[str, Any]:
         """Return what shapes a run's weights and is not in its optimizer's state."""
         settings = {name: getattr(self.args, name) for name in _SETTINGS if hasattr(self.args, name)}
-        settings["processes"] = self.args.world_size
+        settings |= {"processes": self.args.world_size, "optim": OptimizerNames(self.args.optim).value}
         return json.loads(json.dumps(settings, default=str))
 
 

@@ -40,6 +40,41 @@ def check_world_size(checkpoint: str | Path, saved: int, given: int, distributed
         )
 
 
+_INTERCHANGEABLE = ({"padam", "padam_8bit"}, {"adamw_torch", "adamw_torch_fused"})
+"""Optimizers that go on from each other's states."""
+
+
+def check_optimizer(checkpoint: str | Path, saved: str, given: str) -> None:
+    """Check that an optimizer, by its `optim` name, can go on from the state of the one that a checkpoint holds.
+
+    Raises:
+        CheckpointError: If it cannot.
+    """
+    if saved != given and not any({saved, given} <= names for names in _INTERCHANGEABLE):
+        raise CheckpointError(
+            f"{checkpoint} holds the state of optim={saved!r}, which {given!r} cannot go on from: give "
+            f"optim={saved!r}, or start a new run with its weights as the model"
+        )
+
+
+def check_decayed(checkpoint: str | Path, saved: str, given: str) -> None:
+    """Check that the p-norm decay acts on the weights that it acted on in the run that saved a checkpoint.
+
+    Args:
+        checkpoint: Named in the error.
+        saved: Which weights these were, in words.
+        given: Which they are now.
+
+    Raises:
+        CheckpointError: If it does not: the optimizer's states would go to other weights.
+    """
+    if saved != given:
+        raise CheckpointError(
+            f"in {checkpoint} the p-norm decay acts on {saved}, here on {given}. Give decay_embeddings, dense_modules "
+            "and optim_target_modules as they were, or start a new run with its weights as the model"
+        )
+
+
 def check_added_decay(checkpoint: str | Path, saved: bool, given: bool) -> None:
     """Check that a p-norm decay is added to the optimizer if, and only if, it was in the run that saved a checkpoint.
 

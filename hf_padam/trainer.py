@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -25,13 +26,16 @@ from .param_groups import decayed_parameters
 from .registration import NAME, OPTIMIZERS, OPTIONS, optimizer_options
 from .resumable import ResumableTrainer
 from .schedules import DEFAULT_SHARE, DEFAULT_START, SHAPES, PNormScheduleCallback, check_schedule, scheduled_p_norm
-from .settings import check_added_decay
+from .settings import check_added_decay, check_decayed
 from .target_sparsity import SCOPES
 
 logger = logging.getLogger(__name__)
 
 _ADDED_DECAY = "added_decay"
 """Among the settings that a checkpoint keeps: whether a p-norm decay was added to an optimizer other than PAdam."""
+
+_DECAYED = "decayed_weights"
+"""Another of them: which weights the p-norm decay acts on, if there is one."""
 
 
 @dataclass
@@ -151,6 +155,12 @@ class PAdamTrainingArguments(TrainingArguments):
         if self.nonfinite_gradients not in ("stop", "skip"):
             raise ValueError(f"nonfinite_gradients={self.nonfinite_gradients!r} is not allowed: it is stop or skip")
         check_schedule(self.p_norm_start, self.p_norm_schedule_share, self.p_norm_schedule)
+        for name, plain in (("p_norm_start", DEFAULT_START), ("p_norm_schedule_share", DEFAULT_SHARE)):
+            if self.p_norm_schedule == "constant" and getattr(self, name) != plain:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect while p_norm_schedule is constant: make it "
+                    f"linear or cosine, or drop {name}"
+                )
         if OptimizerNames(self.optim).value in OPTIMIZERS:
             optimizer_options(self)
         else:
@@ -201,12 +211,19 @@ class PAdamTrainer(ResumableTrainer):
         return optimizer
 
     def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {_ADDED_DECAY: asks_for_decay(self.args)}
+        settings = super()._settings() | {_ADDED_DECAY: asks_for_decay(self.args)}
+        if asks_for_decay(self.args) or OptimizerNames(self.args.optim).value in OPTIMIZERS:
+            names = self.decayed_names()
+            digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+            settings[_DECAYED] = f"{len(names)} weights (hash of their names: {digest[:8]})"
+        return settings
 
     def _check_settings(self, checkpoint: str, saved: dict[str, Any]) -> None:
         super()._check_settings(checkpoint, saved)
         if _ADDED_DECAY in saved:
             check_added_decay(checkpoint, saved[_ADDED_DECAY], asks_for_decay(self.args))
+        if _DECAYED in saved:
+            check_decayed(checkpoint, saved[_DECAYED], self._settings()[_DECAYED])
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:

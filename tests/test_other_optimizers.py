@@ -87,6 +87,9 @@ def test_a_checkpoint_with_another_decay_is_noticed(tmp_path, caplog):
     other.train(resume_from_checkpoint=checkpoint)
     assert "lambda_p: 0.3 -> 0.5 (the saved value is used)" in caplog.text
     assert {group["lambda_p"] for group in other.optimizer.param_groups} == {0.3, 0.0}
+    elsewhere = trainer_for(tmp_path, **schedule, decay_embeddings=True)
+    with pytest.raises(CheckpointError, match="the p-norm decay acts on .* weights .*, here on .* weights"):
+        elsewhere.train(resume_from_checkpoint=checkpoint)
     without = trainer_for(tmp_path, **schedule, p_norm=0.8, lambda_p=None)
     with pytest.raises(CheckpointError, match="a run with a p-norm decay added to its optimizer: give lambda_p too"):
         without.train(resume_from_checkpoint=checkpoint)
@@ -96,6 +99,13 @@ def test_a_checkpoint_with_another_decay_is_noticed(tmp_path, caplog):
     ("more", "match"),
     [
         ({"lambda_p": None}, "p_norm=0.5 has no effect on optim='adamw_torch' without lambda_p"),
+        (
+            {"lambda_p": None, "p_norm": 0.8, "p_norm_schedule": "cosine"},
+            "p_norm_schedule='cosine' has no effect on optim='adamw_torch' without lambda_p",
+        ),
+        ({"target_start": 0.5}, "target_start=0.5 is an option of padam and has no effect"),
+        ({"target_scope": "layer"}, "target_scope='layer' is an option of padam and has no effect"),
+        ({"p_norm_start": 1.5}, "p_norm_start=1.5 has no effect while p_norm_schedule is constant"),
         ({"lambda_p": -1.0}, "lambda_p=-1.0 is not allowed"),
         ({"optim_args": "lambda_p=0.3"}, "lambda_p is an option of padam, not of adamw_torch.*--lambda_p"),
         ({"optim": "lomo"}, "does not go with optim='lomo': it updates each layer during the backward pass"),
@@ -106,6 +116,16 @@ def test_a_checkpoint_with_another_decay_is_noticed(tmp_path, caplog):
 def test_what_would_have_no_effect_is_refused_before_anything_is_loaded(tmp_path, more, match):
     with pytest.raises(ValueError, match=match):
         arguments(tmp_path, **more)
+
+
+def test_a_schedule_lets_zeros_grow_at_first_as_with_padam(tmp_path):
+    """At p = 2 a tensor of zeros can still train; the group's own p is reached later."""
+    trainer = trainer_for(tmp_path, p_norm_schedule="linear", max_steps=8)
+    name, param = next(item for item in trainer.model.named_parameters() if "down_proj.weight" in item[0])
+    torch.nn.init.zeros_(param)
+    trainer.train()
+    assert (param != 0).any(), name
+    assert {group["p_norm"] for group in trainer.optimizer.param_groups if group["lambda_p"]} == {0.5}
 
 
 def test_targets_that_match_nothing_are_an_error(tmp_path):
