@@ -3,10 +3,10 @@ r"""Compare PAdam with what people use instead: same data, same order, same step
     python recipes/compare.py recipes/configs/compare_char_cpu.yaml --train_file input.txt --output_dir runs/compare
 
 The file names a recipe, options common to all runs, the seeds, and for each method a list of settings; `dense` is the
-method that losses are compared with, `reference` the one whose loss at the same sparsity is. Every run is
-that recipe in a process of its own, one on each GPU where there are several; `log.txt`, `results.json` and
-`run_config.yaml` of each are in a directory named after it. Interrupted, the same command goes on with the runs that
-are not finished. Options after the file go to the recipe.
+method with whose best loss others are compared, `reference` the one whose loss at the same sparsity is, seed by seed.
+Every run is that recipe in a process of its own, one on each GPU where there are several; `log.txt`, `results.json`
+and `run_config.yaml` of each are in a directory named after it. Interrupted, the same command goes on with the runs
+that are not finished. Options after the file go to the recipe.
 
 In the output directory: pareto.md (the table), pareto.csv (every seed) and pareto.png.
 """
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +32,27 @@ COMPARED_WITH = {"dense": str, "reference": str}
 
 
 def plan_jobs(plan: dict[str, Any], extra: dict[str, Any], directory: Path) -> dict[tuple[str, int, int], Job]:
-    """Return the runs of a comparison, by method, number of the setting, and seed."""
+    """Return the runs of a comparison, by method, number of the setting, and seed.
+
+    Raises:
+        UsageError: If a method's settings are no list of options, `extra` contradicts them, or two are the same.
+    """
     for method, settings in plan["methods"].items():
-        if not isinstance(settings, list) or not all(isinstance(options, dict) for options in settings):
+        if not isinstance(settings, list) or not settings or not all(isinstance(o, dict) for o in settings):
             raise UsageError(f"method {method!r}: its settings must be a list of mappings from options to values")
+        for name in ({"seed"} | {name for options in settings for name in options}) & extra.keys():
+            raise UsageError(
+                f"--{name} is what the plan varies: change it there ({method!r}), not on the command line"
+            )
     jobs = {}
     for seed, (method, settings) in itertools.product(plan["seeds"], plan["methods"].items()):
         for number, options in enumerate(settings):
             name = re.sub(r"[^a-z0-9.]+", "_", f"{method} {setting(options)}".lower()).strip("_")
             merged = plan["options"] | options | extra | {"seed": seed}
             jobs[method, number, seed] = Job(plan["recipe"], merged, directory / f"{name}-seed{seed}")
+    for place, number in Counter(job.output_dir for job in jobs.values()).items():
+        if number > 1:
+            raise UsageError(f"{number} settings have the name {place.name}: take one out, or name the methods apart")
     return jobs
 
 
@@ -55,6 +68,7 @@ def collect(plan: dict[str, Any], results: dict[tuple[str, int, int], dict[str, 
         for name, text, row in rows:
             point = points.setdefault((name, number, text), Point(name, text))
             point.losses.append(row["validation_loss"])
+            point.best_losses.append(min(row["validation_loss"], row.get("best_validation_loss") or math.inf))
             point.sparsities.append(row["sparsity"])
             point.others.setdefault("whole model", []).append(row["sparsity_total"])
     order = [name for method in plan["methods"] for name in dict.fromkeys(p.method for p in points.values())

@@ -26,7 +26,6 @@ from support.models import load_model_and_tokenizer, save_model
 from support.pruning import PruningArguments, evaluate_one_shot
 from support.timing import StepTimer
 from transformers import TrainerCallback, default_data_collator, set_seed
-from transformers.training_args import OptimizerNames
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
 
@@ -85,18 +84,17 @@ def main() -> None:
         decayed = trainer.decayed_names()
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
-    params = dict(model.named_parameters())
-    for callback in pruning_args.callbacks({name: params[name] for name in decayed}, OptimizerNames(args.optim).value):
+    for callback in pruning_args.callbacks(trainer):
         trainer.add_callback(callback)
     before = report.Magnitudes.of(model, decayed)
     trainer.add_callback(TestBefore(trainer, splits["test"]))
     trainer.train(resume_from_checkpoint=resume)
     validation = trainer.evaluate(metric_key_prefix="validation")
     test = trainer.evaluate(splits["test"], metric_key_prefix="test")
-    one_shot = evaluate_one_shot(trainer, pruning_args.one_shot)
 
     # 4. What comes out: model and tokenizer first, the results last.
     save_model(output_dir, trainer.save_model, args.should_save)
+    one_shot = evaluate_one_shot(trainer, pruning_args.one_shot)
     block_size = len(next(iter(splits["train"]))["input_ids"])
     report.conclude(
         output_dir,

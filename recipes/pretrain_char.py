@@ -31,7 +31,6 @@ from support.models import save_model
 from support.pruning import PruningArguments, evaluate_one_shot
 from support.timing import StepTimer
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
-from transformers.training_args import OptimizerNames
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments, WeightSparsity, decayed_parameters
 from hf_padam.registration import OPTIMIZERS
@@ -84,7 +83,7 @@ class CharacterModelArguments:
 
 def with_preset(argv: list[str]) -> list[str]:
     """Put the preset's config file first, unless the command line begins with one of its own."""
-    words = [word for argument in argv for word in argument.split("=", 1)]
+    words = [word for a in argv for word in (a.split("=", 1) if a.startswith("--") else [a])]
     pairs = zip(words, [*words[1:], ""], strict=True)
     given = {a.removeprefix("--").replace("-", "_"): b for a, b in pairs if a.startswith("--")}
     if argv and not argv[0].startswith("-"):
@@ -139,21 +138,21 @@ def main() -> None:
         callbacks=[timer],
     )
     try:
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            trainer.create_optimizer()
         decayed = trainer.decayed_names()
-        trainer.create_optimizer()
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
-    params = dict(model.named_parameters())
-    for callback in pruning_args.callbacks({name: params[name] for name in decayed}, OptimizerNames(args.optim).value):
+    for callback in pruning_args.callbacks(trainer):
         trainer.add_callback(callback)
     before = report.Magnitudes.of(model, decayed)
     trainer.train(resume_from_checkpoint=resume)
     validation = trainer.evaluate(metric_key_prefix="validation")
-    one_shot = evaluate_one_shot(trainer, pruning_args.one_shot)
 
     # 4. What comes out: the model first, the results last.
     model.config.use_cache = True
     save_model(output_dir, trainer.save_model, args.should_save)
+    one_shot = evaluate_one_shot(trainer, pruning_args.one_shot)
     history = trainer.state.log_history
     evaluations = [row for row in history if "eval_perplexity" in row]
     best = min(evaluations, key=lambda row: row["eval_perplexity"], default=None)

@@ -4,7 +4,8 @@ r"""Search p, lambda_p, the learning rate and the weight decay of any recipe for
 
 Optuna minimises the validation loss and maximises the share of zeros at once. The study is `study.db` (SQLite) in the
 output directory: the same command goes on where an earlier one ended or was interrupted, until there are as many
-finished trials as asked for. Trials run one on each GPU where there are several. Options after the file go to the
+finished trials as asked for. A trial that fails, as those do whose losses grow out of bounds, is named and left out;
+three in a row end the sweep. Trials run one on each GPU where there are several. Options after the file go to the
 recipe.
 
 In the output directory: pareto.md, pareto.csv and pareto.png, every trial in them, and a directory for each trial.
@@ -27,6 +28,7 @@ from support.trials import Job, RunFailed, Runner, extra_options, read_plan
 
 KEYS = {"title": str, "recipe": str, "options": dict, "search": dict, "seed": int}
 FRONT, OTHERS = "Pareto front", "other trials"
+FAILURES_IN_A_ROW = 3
 
 
 def check_search(search: dict[str, Any], source: str) -> None:
@@ -40,7 +42,9 @@ def check_search(search: dict[str, Any], source: str) -> None:
             continue
         numbers = isinstance(space, dict) and {"low", "high"} <= set(space) <= {"low", "high", "log"}
         if not numbers or not all(isinstance(space[k], int | float) for k in ("low", "high")):
-            raise UsageError(f"{source}: search.{name} is {space!r}: give a list of values, or low, high and log")
+            raise UsageError(
+                f"{source}: search.{name} is {space!r}: give a list of values (of integers, too), or low, high and log"
+            )
         if not space["low"] < space["high"] or (space.get("log") and space["low"] <= 0):
             raise UsageError(f"{source}: search.{name}: low must be below high, and above 0 where log is true")
 
@@ -63,7 +67,7 @@ def open_study(directory: Path, plan: dict[str, Any], options: dict[str, Any]) -
     Raises:
         UsageError: If what is there is no study, or one of another search.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # failed trials are reported here, without a traceback
     try:
         study = optuna.create_study(
             study_name="sweep",
@@ -112,17 +116,22 @@ def main() -> None:
     args, remaining = parser.parse_known_args()
     plan, extra = read_plan(args.plan, KEYS), extra_options(remaining)
     check_search(plan["search"], args.plan)
+    for name in plan["search"].keys() & (plan["options"] | extra).keys():
+        raise UsageError(f"{name} is searched, and given as an option, too: take it out of one of them")
     if args.trials < 1:
         raise UsageError(f"--trials {args.trials} is too small: it must be at least 1")
     directory = check_output_dir(args.output_dir)
     common = plan["options"] | extra
     study, runner = open_study(directory, plan, common), Runner(args.jobs)
-    finished = len(study.get_trials(states=(TrialState.COMPLETE,)))
-    failures: list[RunFailed] = []
+
+    def finished() -> int:
+        return len(study.get_trials(states=(TrialState.COMPLETE,)))
+
+    failures: list[RunFailed] = []  # since the last trial that finished
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as progress:
-        task = progress.add_task("trials", total=args.trials, completed=min(finished, args.trials))
+        task = progress.add_task("trials", total=args.trials, completed=min(finished(), args.trials))
 
         def objective(trial: optuna.Trial) -> tuple[float, float]:
             options = suggest(trial, plan["search"])
@@ -131,8 +140,11 @@ def main() -> None:
                 result = runner.run(job)
             except RunFailed as error:
                 failures.append(error)
-                study.stop()
+                progress.console.print(f"trial {trial.number} is left out: {error}", highlight=False)
+                if len(failures) >= FAILURES_IN_A_ROW:
+                    study.stop()
                 raise
+            failures.clear()
             loss, sparsity = result["validation_loss"], result["sparsity"]
             line = f"trial {trial.number}: loss {loss:.4f}, zeros {sparsity:.2%}, {setting(options)}"
             progress.console.print(line, highlight=False)
@@ -140,15 +152,17 @@ def main() -> None:
             return loss, sparsity
 
         try:
-            study.optimize(objective, max(0, args.trials - finished), n_jobs=runner.jobs, catch=(RunFailed,))
+            while (missing := args.trials - finished()) > 0 and len(failures) < FAILURES_IN_A_ROW:
+                study.optimize(objective, missing, n_jobs=runner.jobs, catch=(RunFailed,))
         finally:
             runner.stop()
-    if failures:
-        raise failures[0]
-    comparison = Comparison(points_of(study), unconnected=(OTHERS,))
-    comparison.write(directory, plan["title"], f"{hardware()}.")
-    comparison.print(plan["title"])
-    print(f"pareto.md, pareto.csv, pareto.png and study.db are in {directory}")
+    if finished():
+        comparison = Comparison(points_of(study), unconnected=(OTHERS,))
+        comparison.write(directory, plan["title"], f"{hardware()}.")
+        comparison.print(plan["title"])
+        print(f"pareto.md, pareto.csv, pareto.png and study.db are in {directory}")
+    if finished() < args.trials:
+        raise failures[-1]
 
 
 if __name__ == "__main__":

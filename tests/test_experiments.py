@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -21,9 +22,9 @@ from conftest import REPOSITORY, TEXT, tiny_gpt2, tiny_llama
 from support.arguments import DataArguments, ModelArguments, parse_arguments
 from support.characters import Blocks, TextArguments, character_tokenizer, collate_blocks, encode
 from support.errors import UsageError
-from support.pareto import Point, loss_at, pareto_front
+from support.pareto import Comparison, Point, differences, loss_at, pareto_front
 from support.pruning import MagnitudePruning, PruningArguments, SoftThreshold, prune_by_magnitude, prune_by_wanda
-from support.trials import as_arguments, read_plan
+from support.trials import RunFailed, as_arguments, read_plan
 from test_recipes import run_recipe
 from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerControl, TrainerState, TrainingArguments
@@ -95,6 +96,7 @@ def test_pretrain_char_evaluates_every_character_of_the_tail_and_reports_both_sp
         ({"n_head": 3}, "--n_embd 16 must be a multiple of --n_head 3"),
         ({"prune_to": 1.5}, "--prune_to 1.5 is not a share of the weights"),
         ({"prune_start": 0.9}, "0 <= start <= end <= 1"),
+        ({"prune_end": 0.9}, "--prune_end has no effect without --prune_to"),
         ({"prune_to": 0.5}, "--prune_to and --soft_threshold are methods to compare padam with"),
         ({"train_file": "/nowhere.txt"}, "--train_file /nowhere.txt does not exist"),
         ({"block_size": 10**6}, "fewer than one --block_size"),
@@ -115,6 +117,8 @@ def test_a_preset_gives_padam_its_strength_unless_another_is_given():
     assert not strength("--preset", "cpu", "--optim", "adamw_torch")
     assert not strength("--preset", "cpu", "--target-sparsity", "0.7")
     assert not strength("--preset", "cpu", "--optim_args=lambda_p=0.2")
+    assert not strength("--preset", "cpu", "--optim_args", "p_norm=0.5,lambda_p=0.2")
+    assert not strength("--preset", "cpu", "--optim_args", "p_norm=0.5,target_sparsity=0.5")
     with pytest.raises(UsageError, match="exclude each other"):
         pretrain_char.with_preset(["my.yaml", "--preset", "cpu"])
 
@@ -149,11 +153,14 @@ def test_the_plans_of_sweeps_are_taken(file):
     sweep.check_search(plan["search"], str(file))
 
 
-@pytest.mark.parametrize("file", ["compare_char_cpu", "compare_char_full", "compare_quickstart", "targets_char_cpu"])
-def test_every_setting_of_a_plan_is_a_run_of_its_own_that_its_recipe_understands(file, tmp_path, text_file):
-    plan = read_plan(str(REPOSITORY / "recipes" / "configs" / f"{file}.yaml"), compare.KEYS, compare.COMPARED_WITH)
+@pytest.mark.parametrize(
+    "file",
+    sorted(f for f in (REPOSITORY / "recipes" / "configs").glob("*.yaml") if "methods" in f.read_text()),
+    ids=lambda f: f.stem,
+)
+def test_every_setting_of_a_plan_is_a_run_that_its_recipe_understands(file, tmp_path, text_file):
+    plan = read_plan(str(file), compare.KEYS, compare.COMPARED_WITH)
     jobs = compare.plan_jobs(plan, {}, tmp_path)
-    assert len({job.output_dir for job in jobs.values()}) == len(jobs)
     for job in list(jobs.values())[: len(jobs) // len(plan["seeds"])]:
         words = as_arguments({k: v for k, v in job.options.items() if k not in ("bf16",)})
         if job.recipe == "pretrain_char.py":
@@ -244,8 +251,21 @@ def test_pareto_front_and_interpolation():
     points = [Point("m", s, [loss], [zeros]) for s, loss, zeros in
               (("a", 1.0, 0.1), ("b", 1.2, 0.5), ("c", 1.3, 0.4), ("d", 1.1, 0.1), ("e", 2.0, 0.9))]  # fmt: skip
     assert [p.setting for p in pareto_front(points)] == ["a", "b", "e"]
-    assert loss_at([points[0], points[4]], 0.5) == pytest.approx(1.5)
-    assert loss_at(points, 0.95) is None
+    pairs = [(p.sparsity, p.loss) for p in points]
+    assert loss_at([pairs[0], pairs[4]], 0.5) == pytest.approx(1.5)
+    assert loss_at(pairs, 0.95) is None
+
+
+def test_differences_from_the_reference_are_taken_seed_by_seed():
+    dense = Point("dense", "", [1.0, 2.0], [0.0, 0.0], best_losses=[0.5, 0.5])
+    pruned = Point("reference", "", [2.0, 3.0], [0.5, 0.5])
+    point = Point("m", "", [1.6, 2.4], [0.25, 0.25])
+    assert differences(point, [dense, pruned]) == pytest.approx([0.1, -0.1])
+    assert differences(Point("m", "", [1.0], [0.9]), [dense, pruned]) == []
+    comparison = Comparison([dense, pruned, point], "dense", "reference")
+    rows = [dict(zip(comparison.columns(), row, strict=True)) for row in comparison.rows()]
+    assert [row["loss less reference's"] for row in rows] == ["", "", "+0.0000 ± 0.1414"]
+    assert rows[2]["loss over dense's best"] == "+300.00%"
 
 
 def plan(directory: Path, **changes) -> Path:
@@ -295,19 +315,66 @@ def test_compare_tables_every_method_and_takes_up_what_is_finished(tmp_path, tex
         ({"recipe": "nothing.py"}, "there is no recipe 'nothing.py'"),
         ({"dense": "Adam"}, "dense is 'Adam', which is not among the methods"),
         ({"methods": {"AdamW": [], "gradual": 3}}, "must be a list of mappings"),
+        ({"methods": {"AdamW": [{}, {"one_shot": [0.5]}], "gradual": [{}]}}, "2 settings have the name adamw-seed1"),
         ({"colour": 1}, "must have the keys title, recipe"),
     ],
-    ids=["recipe", "dense", "methods", "key"],
+    ids=["recipe", "dense", "methods", "twice", "key"],
 )
 def test_compare_refuses_a_bad_plan(tmp_path, changes, message, monkeypatch, capsys):
     arguments = [str(plan(tmp_path, **changes)), "--output_dir", str(tmp_path / "out")]
     assert message in refusal(compare.main, arguments, monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("option", [("--p_norm", "0.3"), ("--seed", "7")], ids=lambda o: o[0])
+def test_compare_refuses_options_that_its_plan_varies(tmp_path, option, monkeypatch, capsys):
+    arguments = [str(plan(tmp_path)), "--output_dir", str(tmp_path / "out"), *option]
+    assert f"{option[0]} is what the plan varies" in refusal(compare.main, arguments, monkeypatch, capsys)
+
+
+def test_options_without_a_value_are_left_to_the_recipe():
+    assert as_arguments({"a": None, "one_shot": [], "b": [1, 2], "c": False}) == ["--b", "1", "2", "--c", "False"]
+
+
 def test_compare_shows_why_a_run_failed(tmp_path, text_file):
     changed = plan(tmp_path, methods={"AdamW": [{"optim": "sdg"}], "gradual": [{}]})
     result = run_recipe("compare.py", changed, "--output_dir", tmp_path / "out", "--train_file", text_file)
     assert result.returncode == 1 and "sdg" in result.stderr and "log.txt" in result.stderr, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("failing", "status"), [({0, 2}, 0), ({1, 2, 3}, 1)], ids=["some", "three in a row"])
+def test_a_sweep_leaves_out_what_fails_and_tables_the_rest(tmp_path, failing, status, monkeypatch, capsys):
+    class Runner:
+        def __init__(self, jobs):
+            self.jobs = 1
+
+        def run(self, job):
+            if int(job.output_dir.name.removeprefix("trial-")) in failing:
+                raise RunFailed("gradients are not finite")
+            return {"validation_loss": 1.0, "sparsity": job.options["p_norm"]}
+
+        def stop(self):
+            pass
+
+    file = tmp_path / "sweep.yaml"
+    search = {"p_norm": {"low": 0.3, "high": 0.9}}
+    file.write_text(
+        yaml.safe_dump({"title": "T", "recipe": "pretrain_char.py", "options": TINY, "search": search, "seed": 0})
+    )
+    monkeypatch.setattr(sweep, "Runner", Runner)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", str(file), "--output_dir", str(tmp_path / "out"), "--trials", "3"])
+    with pytest.raises(SystemExit) if status else contextlib.nullcontext():
+        sweep.main()
+    printed = capsys.readouterr()
+    assert printed.out.count("is left out: gradients are not finite") == len(failing)
+    assert ("error: gradients are not finite" in printed.err) == bool(status)
+    rows = list(csv.DictReader((tmp_path / "out" / "pareto.csv").open()))
+    assert len(rows) == (1 if status else 3)
+
+
+def test_a_sweep_refuses_an_option_that_it_searches(tmp_path, monkeypatch, capsys):
+    file = REPOSITORY / "recipes" / "configs" / "sweep_char_cpu.yaml"
+    arguments = [str(file), "--output_dir", str(tmp_path), "--p_norm", "0.5"]
+    assert "p_norm is searched, and given as an option" in refusal(sweep.main, arguments, monkeypatch, capsys)
 
 
 def test_a_sweep_goes_on_after_it_was_killed(tmp_path, text_file):

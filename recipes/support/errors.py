@@ -13,6 +13,8 @@ from hf_padam.files import WriteError
 class UsageError(Exception):
     """Something the user gave cannot be used: the message says what, what is allowed, and what to do."""
 
+    exit_status = 2
+
 
 class RunFailed(Exception):
     """A run that a recipe started ended without results: the message says why, and where its output is."""
@@ -31,7 +33,7 @@ def reports_usage_errors(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(UsageError.exit_status)
         except (CheckpointError, WriteError, FloatingPointError, RunFailed) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)

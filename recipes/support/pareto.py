@@ -30,6 +30,7 @@ class Point:
     losses: list[float] = field(default_factory=list)  # validation, nats per token, one for each seed
     sparsities: list[float] = field(default_factory=list)  # shares of exact zeros among the decayed weights
     others: dict[str, list[float]] = field(default_factory=dict)  # further sparsities, by name
+    best_losses: list[float] = field(default_factory=list)  # the least of each run, where it was evaluated on the way
 
     @property
     def loss(self) -> float:
@@ -51,14 +52,27 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
     return front[::-1]
 
 
-def loss_at(points: Sequence[Point], sparsity: float) -> float | None:
-    """Interpolate a method's loss at a sparsity, linearly between its neighbours; None beyond its ends."""
-    ordered = sorted(points, key=lambda p: p.sparsity)
-    for low, high in zip(ordered, ordered[1:], strict=False):
-        if low.sparsity <= sparsity <= high.sparsity:
-            share = (sparsity - low.sparsity) / max(high.sparsity - low.sparsity, 1e-12)
-            return low.loss + share * (high.loss - low.loss)
+def loss_at(points: Sequence[tuple[float, float]], sparsity: float) -> float | None:
+    """Interpolate a loss at a sparsity, linearly between the nearest of (sparsity, loss); None beyond their ends."""
+    ordered = sorted(points)
+    for (low, low_loss), (high, high_loss) in zip(ordered, ordered[1:], strict=False):
+        if low <= sparsity <= high:
+            return low_loss + (sparsity - low) / max(high - low, 1e-12) * (high_loss - low_loss)
     return None
+
+
+def differences(point: Point, reference: Sequence[Point]) -> list[float]:
+    """Return, for each seed, a point's loss less that of the reference at the same sparsity.
+
+    Runs of one seed share their data and their initial weights, so their difference varies less than either.
+    """
+    pairs = []
+    for i, (loss, sparsity) in enumerate(zip(point.losses, point.sparsities, strict=True)):
+        other = loss_at([(p.sparsities[i], p.losses[i]) for p in reference if i < len(p.losses)], sparsity)
+        if other is None:
+            return []
+        pairs.append(loss - other)
+    return pairs
 
 
 class Comparison:
@@ -66,7 +80,7 @@ class Comparison:
 
     Args:
         points: In the order of the table.
-        dense: Name of the method without zeros that losses are compared with, if any.
+        dense: Name of the method without zeros with whose best loss others are compared, if any.
         reference: Name of the method whose loss at the same sparsity is compared with, if any.
         unconnected: Names of methods whose points are no line.
     """
@@ -80,7 +94,9 @@ class Comparison:
     ) -> None:
         self.points, self._unconnected = list(points), unconnected
         self.front = pareto_front(points)
-        self._dense = min((p.loss for p in points if p.method == dense), default=None)
+        self._dense = min(
+            (statistics.fmean(p.best_losses or p.losses) for p in points if p.method == dense), default=None
+        )
         self._reference_name = reference
         self._reference = [p for p in points if p.method in (reference, dense)]
 
@@ -89,7 +105,7 @@ class Comparison:
         others = [f"zeros, {name}" for name in self.points[0].others]
         columns = ["method", "setting", "zeros", *others, "loss", "± over seeds", "perplexity", "seeds"]
         if self._dense is not None:
-            columns.append("loss over dense")
+            columns.append("loss over dense's best")
         if self._reference_name is not None:
             columns.append(f"loss less {self._reference_name}'s")
         return [*columns, "on the front"]
@@ -105,8 +121,10 @@ class Comparison:
             if self._dense is not None:
                 row.append(f"{p.loss / self._dense - 1:+.2%}")
             if self._reference_name is not None:
-                reference = None if p in self._reference else loss_at(self._reference, p.sparsity)
-                row.append("" if reference is None else f"{p.loss - reference:+.4f}")
+                pairs = differences(p, self._reference) if p not in self._reference else []
+                row.append(f"{statistics.fmean(pairs):+.4f}" if pairs else "")
+                if len(pairs) > 1:
+                    row[-1] += f" ± {statistics.stdev(pairs):.4f}"
             rows.append([*row, "yes" if any(p is q for q in self.front) else ""])
         return rows
 

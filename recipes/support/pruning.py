@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
+from transformers.training_args import OptimizerNames
 
 from hf_padam import PAdamTrainer
 from hf_padam.registration import OPTIMIZERS
@@ -42,9 +43,9 @@ class PruningArguments:
     prune_to: float | None = field(
         default=None, metadata={"help": "Prune by magnitude, over all layers at once, to this share while training."}
     )
-    prune_start: float = field(default=0.1, metadata={"help": "Share of the steps after which --prune_to begins."})
+    prune_start: float = field(default=0.2, metadata={"help": "Share of the steps after which --prune_to begins."})
     prune_end: float = field(
-        default=0.7,
+        default=0.75,
         metadata={
             "help": "Share of the steps after which it has arrived (on a cubic curve) and the rest recovers. The same "
             "as --prune_start: all at once."
@@ -67,20 +68,33 @@ class PruningArguments:
             )
         if self.prune_interval < 1:
             raise UsageError(f"--prune_interval {self.prune_interval} is too small: it must be at least 1")
+        for name in ("prune_start", "prune_end", "prune_interval") if self.prune_to is None else ():
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise UsageError(f"--{name} has no effect without --prune_to: give that too, or drop it")
         if not 0 <= self.soft_threshold < math.inf:
             raise UsageError(f"--soft_threshold {self.soft_threshold} must be a finite number of at least 0")
 
-    def callbacks(self, params: dict[str, nn.Parameter], optim: str) -> list[TrainerCallback]:
-        """Return what prunes `params` during training as these arguments say.
+    def callbacks(self, trainer: PAdamTrainer) -> list[TrainerCallback]:
+        """Return what prunes a trainer's model during training as these arguments say.
 
         Raises:
-            UsageError: If PAdam, which makes zeros of its own, would be mixed with another method.
+            UsageError: If PAdam, which makes zeros of its own, would be mixed with another method, or the weights are
+                sharded.
         """
+        optim = OptimizerNames(trainer.args.optim).value
         if optim in OPTIMIZERS and (self.prune_to or self.soft_threshold):
             raise UsageError(
                 f"--prune_to and --soft_threshold are methods to compare {optim} with: give --optim adamw_torch"
             )
-        tensors = list(params.values())
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            if self.prune_to or self.soft_threshold or self.one_shot:
+                raise UsageError(
+                    "--prune_to, --soft_threshold and --one_shot prune whole weights, but FSDP and DeepSpeed split "
+                    "them: run in one process, or under DDP"
+                )
+        model: Any = trainer.model
+        params = dict(model.named_parameters())
+        tensors = [params[name] for name in trainer.decayed_names()]
         callbacks: list[TrainerCallback] = []
         if self.prune_to:
             callbacks.append(
@@ -228,7 +242,8 @@ def _input_norms(trainer: PAdamTrainer, modules: dict[str, nn.Module]) -> dict[s
     finally:
         for handle in handles:
             handle.remove()
-    return {name: value.sqrt() for name, value in squares.items()}
+    # Each process has seen batches of its own; all must prune the same weights.
+    return {name: trainer.accelerator.reduce(value, "sum").sqrt() for name, value in squares.items()}
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ class Runner:
 
         Raises:
             RunFailed: If it ends without results.
-            UsageError: If a finished run of other options is in its place.
+            UsageError: If it refuses its options, or a finished run of other options is in its place.
         """
         asked = json.dumps({"recipe": job.recipe, "options": job.options}, indent=1, sort_keys=True) + "\n"
         request, results, log = (job.output_dir / name for name in ("options.json", "results.json", "log.txt"))
@@ -99,14 +99,15 @@ class Runner:
         if status != 0 or not results.is_file():
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             reason = lines[-1] if lines else f"exit status {status}"
-            raise RunFailed(f"the run in {job.output_dir} failed: {reason} (all of its output is in {log})")
+            kind = UsageError if status == UsageError.exit_status else RunFailed
+            raise kind(f"the run in {job.output_dir} failed: {reason} (all of its output is in {log})")
         return json.loads(results.read_text())
 
     def run_all(self, jobs: Sequence[Job], done: Callable[[Job, dict[str, Any]], None]) -> list[dict[str, Any]]:
         """Run jobs, call `done` after each, and return their results in order. The first failure stops all.
 
         Raises:
-            RunFailed: Of the first job that failed.
+            RunFailed: Of the first job that failed, or a UsageError.
         """
         with ThreadPoolExecutor(self.jobs) as pool:
             futures = {pool.submit(self.run, job): job for job in jobs}
@@ -132,9 +133,11 @@ class Runner:
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Write options as a command line."""
+    """Write options as a command line; those without a value, which have their defaults, are left out."""
     arguments = []
     for name, value in options.items():
+        if value is None or value == []:
+            continue
         arguments.append(f"--{name}")
         for item in value if isinstance(value, list) and name not in JSON_LISTS else [value]:
             arguments.append(json.dumps(item) if isinstance(item, dict | list) else str(item))
