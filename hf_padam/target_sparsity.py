@@ -47,6 +47,7 @@ STATE = {
     "target_step": 0,  # steps taken
     "target_decay": HOLD,  # lr * lambda_p
     "target_initial": -1.0,  # share of zeros before the first step, in the pool; -1: not counted yet
+    "target_met": 0.0,  # the target whose ramp is over; 0 before
     "target_zeroed": 0,  # weights that were zeroed at the end of the ramp, in the pool
     "target_threshold": 0.0,  # their magnitudes were below this
 }
@@ -67,8 +68,9 @@ class TargetSparsity:
         optimizer = PAdam(get_param_groups(model), lr=1e-3)
         TargetSparsity(optimizer, target=0.7, total_steps=len(loader) * epochs)
 
-    The groups whose `lambda_p` is positive are steered; their `lambda_p` becomes a result. All state is in keys of
-    these groups, so it is saved and restored with the optimizer's state, and a resumed run goes on exactly.
+    The groups whose `lambda_p` is positive are steered; their `lambda_p` becomes a result. Frozen weights are neither
+    changed nor counted. All state is in keys of these groups, so it is saved and restored with the optimizer's state,
+    and a resumed run goes on exactly.
 
     Args:
         optimizer: A `PAdam`.
@@ -113,7 +115,6 @@ class TargetSparsity:
             )
         for group in steered:
             check_steerable(group)
-        self._complete(self.optimizer)
         for pool in self._pools():
             if pool[0]["target_step"] == 0:
                 self._initial(pool)  # so that a target out of reach is refused now; weights may yet be loaded
@@ -124,7 +125,6 @@ class TargetSparsity:
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),
-            self.optimizer.register_load_state_dict_post_hook(self._complete),
         ]
 
     def detach(self) -> None:
@@ -135,10 +135,13 @@ class TargetSparsity:
     def finish(self) -> None:
         """Meet the target now, where training ended before the ramp did because skipped steps do not count."""
         for pool in self._pools():
-            if pool[0]["target_step"] < self.last:
+            if pool[0]["target_met"] != self.target:
                 self._zero_the_rest(pool)
-                for group in pool:
-                    group["target_step"] = self.last
+
+    @property
+    def met(self) -> bool:
+        """Whether the ramp is over, and the target with it met: nothing dies any more."""
+        return all(group["target_met"] == self.target for group in self._groups())
 
     def planned(self, step: int, initial: float = 0.0) -> float:
         """Return the share of zeros planned after `step` steps, for a model that began with the share `initial`."""
@@ -146,15 +149,24 @@ class TargetSparsity:
         return initial + (self.target - initial) * (1 - (1 - x) ** 3)
 
     def state(self) -> dict[str, float]:
-        """Return the present `lambda_p` (its mean over groups), and the share of zeros: planned by now, and actual."""
+        """Return what training logs show.
+
+        Returns:
+            `lambda_p`, the present one (its mean over groups); `planned_sparsity` and `sparsity`, the share of zeros
+            planned by now and the actual one; once the target is met, `target_zeroed` and `target_threshold`, which
+            are what `zeroed` returns.
+        """
         groups = self._groups()
         zeros, elements = _zeros(groups)
-        initial = [max(0.0, group["target_initial"]) for group in groups]
-        return {
+        initial = [max(0.0, pool[0]["target_initial"]) for pool in self._pools()]
+        values: dict[str, float] = {
             "lambda_p": sum(float(group["lambda_p"]) for group in groups) / len(groups),
             "planned_sparsity": self.planned(groups[0]["target_step"], sum(initial) / len(initial)),
             "sparsity": zeros / elements,
         }
+        if self.met:
+            values["target_zeroed"], values["target_threshold"] = self.zeroed()
+        return values
 
     def zeroed(self) -> tuple[int, float]:
         """Return how many weights were zeroed at the end of the ramp, and what all their magnitudes were below."""
@@ -162,13 +174,14 @@ class TargetSparsity:
         return sum(g["target_zeroed"] for g in pools), max(g["target_threshold"] for g in pools)
 
     def _groups(self) -> list[dict[str, Any]]:
-        return [g for g in self.optimizer.param_groups if g["lambda_p"] > 0 or "target_step" in g]
-
-    def _complete(self, optimizer: Optimizer) -> None:
-        """Give steered groups what is kept in them, where a state was loaded that was saved without."""
-        for group in self._groups():
+        """Return the steered groups. Those that were loaded without what is kept in them, or added, are given it."""
+        steered = [g for g in self.optimizer.param_groups if g["lambda_p"] > 0 or "target_step" in g]
+        steered = [group for group in steered if _params([group])]
+        known: dict[str, Any] = next((group for group in steered if "target_step" in group), {})
+        for group in steered:
             for name, value in STATE.items():
-                group.setdefault(name, value)
+                group.setdefault(name, value if name == "target_initial" else known.get(name, value))
+        return steered
 
     def _pools(self) -> list[list[dict[str, Any]]]:
         groups = self._groups()
@@ -197,7 +210,7 @@ class TargetSparsity:
         for pool in self._pools():
             for group in pool:
                 group["target_step"] += 1
-            if pool[0]["target_step"] == self.last:
+            if pool[0]["target_step"] >= self.last and pool[0]["target_met"] != self.target:
                 self._zero_the_rest(pool)
 
     def _initial(self, pool: list[dict[str, Any]]) -> float:
@@ -237,7 +250,7 @@ class TargetSparsity:
                 local.masked_fill_(local.abs() < threshold, 0.0)
         number = _zeros(pool)[0] - zeros
         for group in pool:
-            group["target_zeroed"], group["target_threshold"] = number, threshold
+            group |= {"target_met": self.target, "target_zeroed": number, "target_threshold": threshold}
         logger.info(
             "Target sparsity: %d weights smaller than %.3g were zeroed at step %d.", number, threshold, self.last
         )
@@ -284,7 +297,7 @@ def check_plan(target: float, start: float, end: float) -> None:
 
 
 def _params(pool: list[dict[str, Any]]) -> list[Tensor]:
-    return [param for group in pool for param in group["params"]]
+    return [param for group in pool for param in group["params"] if param.requires_grad]
 
 
 def _zeros(pool: list[dict[str, Any]]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import blocks, tiny_llama
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_padam import (
     PAdam,
@@ -243,6 +243,61 @@ def test_impossible_plans_are_refused(options, message):
         TargetSparsity(optimizer, options.pop("target"), options.pop("total_steps", 10), **options)
 
 
+@pytest.mark.parametrize("total", [60, 66, 80])
+def test_a_run_that_goes_on_with_fewer_steps_arrives(total):
+    model, x, y = problem()
+    optimizer = PAdam(groups_of(model, 0.8), lr=3e-3)
+    TargetSparsity(optimizer, 0.7, 100)
+    train(model, optimizer, schedule("constant", optimizer, 100), x, y, range(50))
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer = PAdam(groups_of(model, 0.8), lr=3e-3)
+    steering = TargetSparsity(optimizer, 0.7, total)
+    optimizer.load_state_dict(state)
+    assert not steering.met
+    train(model, optimizer, schedule("constant", optimizer, 100), x, y, range(50, total))
+    assert steering.met and share(weights_of(model)) == pytest.approx(0.7, abs=0.01)
+
+
+def test_a_run_that_goes_on_with_a_larger_target_arrives_there():
+    model, x, y = problem()
+    optimizer = PAdam(groups_of(model, 0.8), lr=3e-3)
+    TargetSparsity(optimizer, 0.5, 60)
+    train(model, optimizer, schedule("constant", optimizer, 60), x, y, range(60))
+    steering = TargetSparsity(optimizer, 0.8, 100)
+    assert not steering.met
+    train(model, optimizer, schedule("constant", optimizer, 100), x, y, range(60, 100))
+    assert steering.met and share(weights_of(model)) == pytest.approx(0.8, abs=0.01)
+
+
+def test_frozen_weights_are_neither_changed_nor_counted():
+    model, x, y = problem()
+    frozen, trained = weights_of(model)
+    optimizer = PAdam(groups_of(model, 0.5), lr=3e-3)
+    frozen.requires_grad_(False)
+    before = frozen.detach().clone()
+    steering = TargetSparsity(optimizer, 0.6, 60)
+    train(model, optimizer, schedule("constant", optimizer, 60), x, y, range(60))
+    assert torch.equal(frozen, before)
+    assert share([trained]) == pytest.approx(0.6, abs=0.01) == pytest.approx(steering.state()["sparsity"], abs=0.01)
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+def test_a_group_that_is_added_on_the_way_is_steered_too(per_group):
+    model, x, y = problem()
+    first, second = weights_of(model)
+    optimizer = PAdam([{"params": [first]}], lr=3e-3, p_norm=0.5)
+    TargetSparsity(optimizer, 0.6, 100, per_group=per_group)
+    second.requires_grad_(False)
+    constant = schedule("constant", optimizer, 100)
+    train(model, optimizer, constant, x, y, range(30))
+    optimizer.add_param_group({"params": [second.requires_grad_(True)], "lr": 3e-3})
+    constant = schedule("constant", optimizer, 100)
+    train(model, optimizer, constant, x, y, range(30, 100))
+    assert share([first, second]) == pytest.approx(0.6, abs=0.01)
+    if per_group:
+        assert share([first]) == pytest.approx(0.6, abs=0.01) == pytest.approx(share([second]), abs=0.01)
+
+
 def test_a_target_below_what_is_there_is_refused():
     optimizer = PAdam([nn.Parameter(torch.tensor([0.0, 0.0, 0.0, 1.0]))], p_norm=0.5)
     with pytest.raises(ValueError, match="zeros do not come back"):
@@ -289,6 +344,51 @@ def test_every_way_of_asking_arrives(tmp_path, way):
         assert max(abs(s - 0.6) for s in shares) < 0.02, shares
     count, threshold = steering_of(trainer.optimizer).zeroed()
     assert (count > 0) == (threshold > 0)
+
+
+def test_the_best_model_is_one_that_met_the_target(tmp_path):
+    args = training_arguments(
+        PAdamTrainingArguments, tmp_path, target_sparsity=0.6, p_norm=0.5, save_steps=5, eval_strategy="steps",
+        eval_steps=5, load_best_model_at_end=True, metric_for_best_model="perplexity",
+    )  # fmt: skip
+    rows = blocks()
+    stop_early = EarlyStoppingCallback(1)
+    trainer = PAdamTrainer(
+        model=tiny_llama(), args=args, train_dataset=rows, eval_dataset=rows[:8], callbacks=[stop_early]
+    )
+    trainer.train()
+    assert decayed_share(trainer.model) == pytest.approx(0.6, abs=0.01)
+    assert trainer.state.best_global_step >= 30
+
+
+def test_a_run_that_ends_too_early_says_so(tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 15
+
+    args = training_arguments(PAdamTrainingArguments, tmp_path, target_sparsity=0.6, p_norm=0.5, save_strategy="no")
+    PAdamTrainer(model=tiny_llama(), args=args, train_dataset=blocks(), callbacks=[Stop()]).train()
+    assert "Training ended before target_sparsity=0.6 was met" in caplog.text
+
+
+def test_what_reports_logs_gets_the_steering_however_it_was_asked_for(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    class Writer(SummaryWriter):
+        tags: set[str] = set()
+
+        def add_scalar(self, tag, *args, **kwargs):
+            self.tags.add(tag)
+
+    args = training_arguments(TrainingArguments, tmp_path, optim="padam", optim_args="p_norm=0.5")
+    steering = TargetSparsityCallback(0.6)
+    callbacks = [TensorBoardCallback(Writer(tmp_path / "logs")), steering]
+    trainer = Trainer(model=tiny_llama(), args=args, train_dataset=blocks(), callbacks=callbacks)
+    trainer.train()
+    assert {"train/lambda_p", "train/planned_sparsity", "train/sparsity", "train/target_zeroed"} <= Writer.tags
+    last = [row for row in trainer.state.log_history if "loss" in row][-1]
+    assert last["target_zeroed"] == steering_of(trainer.optimizer).zeroed()[0]
 
 
 def test_an_interrupted_trainer_goes_on_to_the_same_weights(tmp_path, caplog):
