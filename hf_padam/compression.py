@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from .files import staged_new_directory
 from .model_card import add_sparsity, remove_sparsity
-from .model_directory import CONFIG, QUANT_METHOD, VERSION_KEY, ModelDirectory, checksum
+from .model_directory import CONFIG, OTHER_WEIGHTS, QUANT_METHOD, VERSION_KEY, ModelDirectory, checksum
 from .packing import (
     FORMAT_VERSION,
     CompressionError,
@@ -37,12 +37,13 @@ from .sparsity_report import SparsityReport
 from .tensor_files import INDEX, StoredTensor, TensorFile, TensorWriter
 
 CARD = "README.md"
-_NOT_COPIED = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".distcp", ".index.json",
-)  # fmt: skip
+_NOT_COPIED = (*OTHER_WEIGHTS, ".safetensors", ".index.json")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _COPIED_DIRECTORIES = ("additional_chat_templates",)
 _FEW_ZEROS = 0.1
-_SOURCE_METADATA, _DENSE_INDEX = "source_metadata", "dense"
+_SOURCE = "source_"
+"""How keys of the weight files' metadata begin that hold what was there before: each file's own metadata and, in the
+first file, the text of config.json and of the index."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def compress(source: str | Path, destination: str | Path, *, force: bool = False
     Args:
         source: A directory with safetensors files, or a model's id on the Hugging Face Hub.
         destination: The directory to make.
-        force: Replace a model's directory that is there.
+        force: Replace a model's directory that is there; not one that holds checkpoints or other directories.
 
     Raises:
         CompressionError: If the source is damaged, has no config, is compressed or quantized.
@@ -89,8 +90,8 @@ def compress(source: str | Path, destination: str | Path, *, force: bool = False
             raise CompressionError(f"{source} is compressed already; `hf-padam decompress` makes it dense again")
         if model.config_bytes is None:
             raise CompressionError(f"{source} has no {CONFIG}, without which a compressed model cannot be loaded")
-        if "quantization_config" in model.config:
-            method = (model.config["quantization_config"] or {}).get("quant_method")
+        if model.quantization:
+            method = model.quantization.get("quant_method")
             raise CompressionError(
                 f"{source} is quantized ({method}), and Transformers takes one quantization_config only. Compress the "
                 "model as it was before"
@@ -130,12 +131,10 @@ def decompress(source: str | Path, destination: str | Path, *, force: bool = Fal
             _copy_others(model.path, staging)
             for file in _progress(model.files, "Decompressing"):
                 _decompress_file(model, file, staging / file.path.name)
-            config = {key: value for key, value in model.config.items() if key != "quantization_config"}
-            _write_json(staging / CONFIG, config)
-            if model.index:
-                index = dict(model.index)
-                index["metadata"] = index.get("metadata", {}).get(_DENSE_INDEX, {})
-                _write_json(staging / INDEX, index)
+            for name in (CONFIG, INDEX):
+                text = model.files[0].metadata.get(_SOURCE + name)
+                if text is not None:
+                    (staging / name).write_bytes(text.encode())
             remove_sparsity(staging / CARD)
     return Path(destination)
 
@@ -153,8 +152,9 @@ def save_compressed(
     Args:
         model: A Transformers model. Its weights are saved as they are, in their dtype.
         directory: The directory to make. `AutoModelForCausalLM.from_pretrained(directory)` loads it where hf_padam is
-            imported.
-        force: Replace a model's directory that is there.
+            imported. As with `save_pretrained`, the tokenizer is saved apart: afterwards, into the same directory.
+        force: Replace a model's directory that is there, a tokenizer in it too; not one that holds checkpoints or
+            other directories.
         push_to_hub: Also upload it, to the repository of this id, which is created if it does not exist.
         save_options: For `save_pretrained`, e.g. `max_shard_size`.
 
@@ -188,7 +188,13 @@ def upload(directory: str | Path, repository: str) -> None:
         model.check()
     api = HfApi()
     repository = api.create_repo(repository, exist_ok=True).repo_id
-    api.upload_folder(repo_id=repository, folder_path=str(directory), commit_message="Upload compressed model")
+    # Dense weights of an earlier upload would be loaded in place of the compressed ones.
+    api.upload_folder(
+        repo_id=repository,
+        folder_path=str(directory),
+        delete_patterns=["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*"],
+        commit_message="Upload compressed model",
+    )
 
 
 def _new_directory(source: Path | None, destination: str | Path, force: bool) -> Any:
@@ -203,6 +209,13 @@ def _new_directory(source: Path | None, destination: str | Path, force: bool) ->
             )
         if not (destination / CONFIG).is_file():
             raise FileExistsError(f"{destination} is not a model's directory (no {CONFIG}), so --force spares it")
+        others = sorted(p.name for p in destination.iterdir() if p.is_dir() and p.name not in _COPIED_DIRECTORIES)
+        if others:
+            held = ", ".join(f"{name}/" for name in others)
+            raise FileExistsError(
+                f"{destination} holds {held} beside a model, so --force spares it: name another directory, or move "
+                "that away"
+            )
     return staged_new_directory(destination, replace=force)
 
 
@@ -214,7 +227,7 @@ def _copy_others(source: Path, destination: Path) -> list[str]:
             continue
         if path.is_dir() and path.name in _COPIED_DIRECTORIES:
             shutil.copytree(path, destination / path.name)
-        elif path.is_file() and not path.name.endswith(_NOT_COPIED):
+        elif path.is_file() and (path.name in _ADAPTERS or not path.name.endswith(_NOT_COPIED)):
             shutil.copyfile(path, destination / path.name)
         else:
             left_out.append(path.name + "/" * path.is_dir())
@@ -231,19 +244,20 @@ def _compress_weights(model: ModelDirectory, directory: Path) -> None:
     config["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
     _write_json(directory / CONFIG, config)
     companions = {CONFIG: checksum((directory / CONFIG).read_bytes()), INDEX: checksum(b"")}
-    writers, total = [], 0
+    writers: list[TensorWriter] = []
+    total = 0
     try:
         with tqdm(total=model.nbytes, desc="Compressing", unit="B", unit_scale=True, disable=None) as bar:
             for file in model.files:
                 bounds = [_as_bytes(stored.info, stored.info.max_packed_bytes()) for stored in file.tensors]
                 metadata = {"format": "pt", VERSION_KEY: str(FORMAT_VERSION), **companions}
-                metadata[_SOURCE_METADATA] = json.dumps(file.metadata)
+                metadata[f"{_SOURCE}metadata"] = json.dumps(file.metadata)
+                if not writers:
+                    metadata |= model.texts(_SOURCE)
                 writers.append(TensorWriter(directory / file.path.name, bounds, metadata, checksum=True))
                 total += _pack_file(file, writers[-1], bar)
         if model.index:
-            dense = model.index.get("metadata", {})
-            index = model.index | {"metadata": {"total_size": total, _DENSE_INDEX: dense}}
-            _write_json(directory / INDEX, index)
+            _write_json(directory / INDEX, model.index | {"metadata": {"total_size": total}})
             companions[INDEX] = checksum((directory / INDEX).read_bytes())
         for writer in writers:
             writer.finish(**companions)
@@ -277,7 +291,7 @@ def _pack_file(file: TensorFile, writer: TensorWriter, bar: tqdm) -> int:
 
 def _decompress_file(model: ModelDirectory, file: TensorFile, path: Path) -> None:
     heads = [model.info(stored) for stored in file.tensors]
-    writer = TensorWriter(path, heads, json.loads(file.metadata[_SOURCE_METADATA]), checksum=False)
+    writer = TensorWriter(path, heads, json.loads(file.metadata[f"{_SOURCE}metadata"]), checksum=False)
     try:
         for stored, info in zip(file.tensors, heads, strict=True):
             packed = memoryview(stored.read())

@@ -79,7 +79,8 @@ def staged_directory(directory: str | Path, last: str | None = None) -> Iterator
 def staged_new_directory(directory: str | Path, replace: bool = False) -> Iterator[Path]:
     """Yield a hidden directory beside `directory`; rename it to `directory` if the block succeeds.
 
-    A kill leaves nothing under the directory's name, and what it leaves beside it is deleted by the next attempt.
+    A kill leaves what was there, and what it leaves beside that is deleted by the next attempt. (Between two renames
+    nothing is there for a moment; a kill then is mended by the next attempt.)
 
     Args:
         directory: What is to appear, whole. It may exist if it is empty, or if `replace` is set.
@@ -89,11 +90,13 @@ def staged_new_directory(directory: str | Path, replace: bool = False) -> Iterat
         FileExistsError: If there is something already.
         WriteError: If it could not be written, for want of space for example. What was there is untouched.
     """
-    directory = Path(os.path.abspath(directory))
-    if not replace and directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists already: name another directory, or delete that one first")
+    directory = Path(directory).resolve()  # of a link, what it leads to
     temporary = directory.with_name(f".{directory.name}{INCOMPLETE}")
     replaced = directory.with_name(f".{directory.name}.replaced")
+    if replaced.exists() and not directory.exists():  # a kill between the two renames below
+        os.rename(replaced, directory)
+    if not replace and directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists already: name another directory, or delete that one first")
     discard(temporary)
     temporary.mkdir(parents=True)
     try:
@@ -102,7 +105,12 @@ def staged_new_directory(directory: str | Path, replace: bool = False) -> Iterat
         if replace and directory.exists():
             discard(replaced)
             os.rename(directory, replaced)
-        os.rename(temporary, directory)
+        try:
+            os.rename(temporary, directory)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, directory)
+            raise
         flush_directory(directory.parent)
         discard(replaced)
     except OSError as error:

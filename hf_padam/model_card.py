@@ -34,7 +34,7 @@ def add_sparsity(card: Path, report: SparsityReport, dense_bytes: int, compresse
         dense_bytes: Of the dense weight files.
         compressed_bytes: Of the compressed ones.
     """
-    text = card.read_text(encoding="utf-8") if card.is_file() else _HEAD
+    text = _read(card) if card.is_file() else _HEAD
     totals = report.totals
     sizes = (
         f"{compressed_bytes / 1e6:,.1f} MB instead of {dense_bytes / 1e6:,.1f} MB. Zeros: {totals['sparsity']:.2%} of "
@@ -45,18 +45,26 @@ def add_sparsity(card: Path, report: SparsityReport, dense_bytes: int, compresse
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
     table = "".join(f"| {' | '.join(row)} |\n" for row in lines)
     section = f"{_START}{_LOADING}{sizes}{table}{_END}"
-    card.write_text(_without_section(text) + section, encoding="utf-8")
+    _write(card, _without_section(text) + section)
 
 
 def remove_sparsity(card: Path) -> None:
     """Take out what `add_sparsity` added; nothing is left of a card that it made."""
     if not card.is_file():
         return
-    text = _without_section(card.read_text(encoding="utf-8"))
+    text = _without_section(_read(card))
     if text == _HEAD:
         card.unlink()
     else:
-        card.write_text(text, encoding="utf-8")
+        _write(card, text)
+
+
+def _read(card: Path) -> str:
+    return card.read_bytes().decode(errors="surrogateescape")  # as it is, whatever its encoding and line ends
+
+
+def _write(card: Path, text: str) -> None:
+    card.write_bytes(text.encode(errors="surrogateescape"))
 
 
 def _without_section(text: str) -> str:

@@ -32,8 +32,12 @@ QUANT_METHOD = "hf_padam"
 VERSION_KEY = "hf_padam_format"
 """The key of the format's version in the metadata of a compressed safetensors file."""
 
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".distcp")
+"""How files of weights end that are not read here."""
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py"]
+_NOT_FETCHED = [f"*{suffix}" for suffix in OTHER_WEIGHTS]
+_NOT_FETCHED += ["*/*.safetensors", "consolidated*.safetensors", "model*.fp16*.safetensors", "*.msgpack.index.json"]
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
@@ -101,7 +105,7 @@ class ModelDirectory:
         from huggingface_hub import snapshot_download
 
         try:
-            return cls(snapshot_download(str(source), allow_patterns=_HUB_FILES))
+            return cls(snapshot_download(str(source), ignore_patterns=_NOT_FETCHED))
         except (OSError, ValueError) as error:
             if isinstance(error, CompressionError):
                 raise
@@ -111,8 +115,34 @@ class ModelDirectory:
     @cached_property
     def compressed(self) -> bool:
         """Whether hf_padam compressed it."""
-        method = (self.config.get("quantization_config") or {}).get("quant_method")
+        method = self.quantization.get("quant_method")
         return method == QUANT_METHOD or any(VERSION_KEY in file.metadata for file in self.files)
+
+    @cached_property
+    def quantization(self) -> dict[str, Any]:
+        """The config's `quantization_config`, empty where there is none.
+
+        Raises:
+            CompressionError: If it is no JSON object.
+        """
+        quantization = self.config.get("quantization_config")
+        if quantization is not None and not isinstance(quantization, dict):
+            raise CompressionError(
+                f"{self.path / CONFIG} is damaged: its quantization_config is {quantization!r}. {REMEDY}"
+            )
+        return quantization or {}
+
+    def texts(self, prefix: str) -> dict[str, str]:
+        """Return the text of config.json and, if there is one, of the index, by a prefix and their names.
+
+        Raises:
+            CompressionError: If they are no text in UTF-8.
+        """
+        read = {CONFIG: self.config_bytes, INDEX: self.index_bytes}
+        try:
+            return {prefix + name: data.decode() for name, data in read.items() if data is not None}
+        except UnicodeDecodeError as error:
+            raise CompressionError(f"{self.path}: {CONFIG} or {INDEX} is not in UTF-8: {error}") from error
 
     @property
     def stored(self) -> list[StoredTensor]:
@@ -192,10 +222,16 @@ class ModelDirectory:
 
     def _file_names(self) -> list[str]:
         if self.index:
-            try:
-                return sorted(set(self.index["weight_map"].values()))
-            except (KeyError, AttributeError, TypeError):  # none, or one of another kind
-                raise CompressionError(f"{self.path / INDEX} is damaged: it has no weight_map. {REMEDY}") from None
+            weight_map = self.index.get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CompressionError(f"{self.path / INDEX} is damaged: it has no weight_map. {REMEDY}")
+            for name in weight_map.values():
+                if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                    raise CompressionError(
+                        f"{self.path / INDEX} names {name!r}, which is not a safetensors file beside it. Load the "
+                        "model with Transformers and write it with save_pretrained, which makes such files"
+                    )
+            return sorted(set(weight_map.values()))
         if (self.path / SINGLE).is_file():
             return [SINGLE]
         others = sorted(file.name for file in self.path.glob("*") if file.suffix in (".bin", ".safetensors", ".gguf"))

@@ -39,6 +39,7 @@ _WORDS: dict[int, np.dtype] = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtyp
 _WORD_SIZES = {
     "BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8,
 }  # fmt: skip
+_SIZES = _WORD_SIZES | {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
 _FLOATS = ("BF16", "F16", "F32", "F64")
 # Weights repeat hardly any sequence of bytes, but a few exponents are frequent. So zstandard's search is cut down to
 # long matches in its smallest table, which leaves entropy coding: as small as level 19, at 800 MB/s.
@@ -74,7 +75,7 @@ class TensorInfo:
     @property
     def plausible(self) -> bool:
         """Whether the size is that of so many elements, as far as the dtype is known here."""
-        size = _WORD_SIZES.get(self.dtype)
+        size = _SIZES.get(self.dtype)
         return self.nbytes >= 0 and (size is None or self.nbytes == size * self.elements)
 
     @property

@@ -212,7 +212,9 @@ def _count_part(
 ) -> tuple[int, int, int, int]:
     """Count zeros, near-zeros, blocks, and blocks that hold, in one of the `_parts` of a tensor."""
     part = torch.frombuffer(read(start, size), dtype=torch_dtype(info))
-    if not part.is_floating_point() or part.element_size() == 1:  # float8, integers: torch cannot compare them all
+    if part.is_complex():
+        part = part.abs()
+    elif not part.is_floating_point() or part.element_size() == 1:  # float8, integers: torch cannot compare them all
         part = part.double()
     [count] = count_zeros({info.name: part}, near_zero=near_zero)
     blocks = holding = 0
@@ -257,7 +259,7 @@ def _skeleton(model: ModelDirectory) -> nn.Module:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        config: Any = AutoConfig.from_pretrained(model.path)
+        config: Any = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         named = getattr(transformers, (config.architectures or [""])[0], None)

@@ -65,12 +65,16 @@ class TensorFile:
             self.header = bytes(self.read(8, length))
             entries: dict[str, Any] = json.loads(self.header)
             self.metadata: dict[str, str] = entries.pop("__metadata__", {})
+            if not isinstance(self.metadata, dict) or not all(isinstance(v, str) for v in self.metadata.values()):
+                raise ValueError("__metadata__ is not text by name")
             self.tensors = []
             for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
                 start, end = entry["data_offsets"]
                 info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), end - start)
+                if type(info.dtype) is not str or any(type(n) is not int or n < 0 for n in (start, end, *info.shape)):
+                    raise ValueError(f"what it says of {name} is of the wrong kind")
                 self.tensors.append(StoredTensor(info, self, 8 + length + start))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             if isinstance(error, CompressionError):
                 raise
             raise self._damaged(f"its header cannot be read: {error}") from None

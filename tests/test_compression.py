@@ -16,6 +16,7 @@ import pytest
 import torch
 import zstandard
 from conftest import REPOSITORY, blocks, character_tokenizer, tiny_gpt2, tiny_llama
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -93,6 +94,67 @@ def test_decompressing_gives_every_file_back_byte_by_byte(dense, tmp_path):
     assert "| decayed weights |" in (tmp_path / "compressed" / "README.md").read_text()
     decompress(tmp_path / "compressed", tmp_path / "back")
     assert_same_files(dense, tmp_path / "back")
+
+
+def test_files_in_other_layouts_than_transformers_own_come_back_byte_by_byte(tmp_path):
+    source = tmp_path / "dense"
+    source.mkdir()
+    save_file({"a": torch.ones(3)}, source / "model-00001-of-00001.safetensors")
+    (source / "model.safetensors.index.json").write_text('{"weight_map":{"a":"model-00001-of-00001.safetensors"}}')
+    (source / "config.json").write_bytes('{"model_type":"llama","note":"größer"}'.encode())
+    (source / "README.md").write_bytes(b"# A card\r\nin Latin-1: \xe4\r\n")
+    save_file({"b": torch.zeros(3)}, source / "adapter_model.safetensors")
+    compress(source, tmp_path / "compressed")
+    decompress(tmp_path / "compressed", tmp_path / "back")
+    assert_same_files(source, tmp_path / "back")
+
+
+def header(entries: object, data: bytes = b"") -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header({"__metadata__": None}),
+        header({"__metadata__": {"format": 1}}),
+        header({"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}, bytes(4)),
+        header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4.0]}}, bytes(4)),
+        header({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+        header({"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}, bytes(4)),
+        header({"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 4]}}, bytes(4)),
+        header({"a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 4]}}, bytes(4)),
+        header({"a": 3}),
+        header(b"[" * 100_000),
+        header(b"[]"),
+        b"",
+    ],
+    ids=range(12),
+)
+def test_a_header_that_cannot_be_right_is_one_clear_error(content, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CompressionError, match="model.safetensors is damaged: .*Get the file again"):
+        ModelDirectory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"a": "../dense/model.safetensors"}}, "not a safetensors file beside it"),
+        ({"weight_map": {"a": "part/model.safetensors"}}, "not a safetensors file beside it"),
+        ({"weight_map": {"a": 3}}, "not a safetensors file beside it"),
+        ({"weight_map": {}}, "has no weight_map"),
+        ({"weight_map": ["a"]}, "has no weight_map"),
+        ({}, "has neither model.safetensors nor"),
+    ],
+)
+def test_an_index_names_files_beside_it(index, message, sparse_llama, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CompressionError, match=message):
+        ModelDirectory(tmp_path)
 
 
 def test_odd_tensors_survive_bit_by_bit(tmp_path):
@@ -274,6 +336,48 @@ def test_what_exists_is_replaced_only_with_force_and_only_if_it_is_a_model(spars
     assert "MB" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("directory", ["checkpoint-10", ".git"])
+def test_force_spares_what_else_is_in_a_models_directory(directory, sparse_llama, tmp_path):
+    out = compress(sparse_llama, tmp_path / "out").directory
+    (out / directory).mkdir()
+    (out / directory / "kept").touch()
+    model = AutoModelForCausalLM.from_pretrained(sparse_llama)
+    for again in (lambda: compress(sparse_llama, out, force=True), lambda: save_compressed(model, out, force=True)):
+        with pytest.raises(FileExistsError, match=f"holds {directory}/ beside a model, so --force spares it"):
+            again()
+    assert (out / directory / "kept").exists()
+
+
+def test_a_replacement_that_fails_leaves_what_was_there(sparse_llama, tmp_path, monkeypatch):
+    out = compress(sparse_llama, tmp_path / "out").directory
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    rename = os.rename
+
+    def fails(source, destination):
+        if ".incomplete" in str(source):
+            raise OSError("no")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="out could not be written: no"):
+        compress(sparse_llama, out, force=True)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    monkeypatch.undo()
+    out.rename(tmp_path / ".out.replaced")  # a kill between the two renames
+    with pytest.raises(FileExistsError):
+        compress(sparse_llama, out)
+    compress(sparse_llama, out, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
+
+
+def test_a_link_stays_a_link(sparse_llama, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    compress(sparse_llama, tmp_path / "link")
+    compress(sparse_llama, tmp_path / "link", force=True)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "model.safetensors").is_file()
+
+
 def test_a_dense_model_compresses_with_a_note(model_dir, tmp_path):
     assert "compression gains little" in str(compress(model_dir, tmp_path / "out"))
 
@@ -284,6 +388,7 @@ def test_a_dense_model_compresses_with_a_note(model_dir, tmp_path):
         (lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"), "only pytorch_model.bin"),
         (lambda path: (path / "config.json").unlink(), "no config.json"),
         (lambda path: (path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}'), "fp8"),
+        (lambda path: (path / "config.json").write_text('{"quantization_config": [4]}'), "quantization_config is .4."),
         (lambda path: os.truncate(path / "model.safetensors", 5000), "model.safetensors is damaged"),
         (lambda path: shutil.rmtree(path), "neither a directory nor a model's id"),
         (lambda path: compress(path, path / "c") and shutil.copytree(path / "c", path, dirs_exist_ok=True), "already"),
@@ -302,6 +407,10 @@ def test_save_compressed_uploads_what_it_has_written(tmp_path):
         result = save_compressed(prune(tiny_llama()), tmp_path / "out", push_to_hub="sparse", max_shard_size="30KB")
     api.return_value.create_repo.assert_called_once_with("sparse", exist_ok=True)
     assert api.return_value.upload_folder.call_args.kwargs["folder_path"] == str(tmp_path / "out")
+    deleted = api.return_value.upload_folder.call_args.kwargs["delete_patterns"]
+    assert list(filter_repo_objects(["model.safetensors", "config.json"], allow_patterns=deleted)) == [
+        "model.safetensors"
+    ]
     assert result.directory == tmp_path / "out" and (tmp_path / "out" / "model.safetensors.index.json").is_file()
     assert not list((tmp_path / "out").glob("dense*"))
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), prune(tiny_llama()))
@@ -311,6 +420,15 @@ def test_a_model_of_the_hub_is_downloaded_without_its_other_formats(sparse_llama
     with mock.patch("huggingface_hub.snapshot_download", return_value=str(sparse_llama)) as download:
         compress("somebody/sparse-llama", tmp_path / "out")
     assert download.call_args.args == ("somebody/sparse-llama",)
-    assert not any("bin" in pattern for pattern in download.call_args.kwargs["allow_patterns"])
+    wanted = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "vocab.bpe",
+              "config.json", "qwen.tiktoken", "tokenizer.spm", "LICENSE", "adapter_model.safetensors"]  # fmt: skip
+    unwanted = [
+        "pytorch_model.bin",
+        "original/model.safetensors",
+        "consolidated.safetensors",
+        "model.fp16.safetensors",
+    ]
+    fetched = filter_repo_objects(wanted + unwanted, **download.call_args.kwargs)
+    assert list(fetched) == wanted
     decompress(tmp_path / "out", tmp_path / "back")
     assert_same_files(sparse_llama, tmp_path / "back")

@@ -1,6 +1,7 @@
 """The report of a checkpoint's sparsity, against counts made with NumPy alone from the dense files."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_gpt2, tiny_llama
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
 from hf_padam import compress
 from hf_padam.__main__ import main
@@ -83,6 +85,25 @@ def test_without_a_known_model_class_it_guesses_and_says_so(checkpoint, capsys):
     report = report_of(checkpoint, capsys)
     assert {row["name"] for row in report["tensors"] if row["decayed"]} == known
     assert "guessed" in report["decayed_by"] and "config.json" in report["decayed_by"]
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+    directory = tmp_path / "model"
+    tiny_llama().save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "own.py").write_text(f"open({str(tmp_path / 'has run')!r}, 'w')\n")
+    command = [sys.executable, "-m", "hf_padam", "sparsity", str(directory)]
+    result = subprocess.run(command, input="y\n", capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "guessed" in result.stdout + result.stderr and "Do you wish" not in result.stdout + result.stderr
+    assert not (tmp_path / "has run").exists()
+
+
+def test_complex_weights_are_counted(tmp_path, capsys):
+    save_torch({"w": torch.tensor([[1j, 0, 1 + 1j, 2]])}, tmp_path / "model.safetensors")
+    assert report_of(tmp_path, capsys)["tensors"][0]["zeros"] == 1
 
 
 def test_the_table_shows_each_layer_and_both_totals(checkpoint, capsys):
