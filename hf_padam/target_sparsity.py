@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,12 +24,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .optimizer import PAdam
+from .quantiles import histogram, quantile
 from .schedules import FINAL
-from .sparsity import count_zeros, local_shard, sum_over_shards
+from .sparsity import count_zeros, local_shard
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_START, DEFAULT_END = 0.2, 0.75
+"""Of the ramp, as shares of the training. What dies at once dies before the gradient has said whether it is needed."""
+
 SCOPES = ("global", "layer")
 HOLD = 2.0**-100
 """``lr * lambda_p`` where nothing is to die: so little that it moves no weight, enough for zero to stay absorbing."""
@@ -55,9 +58,6 @@ STATE = {
 
 _ATTRIBUTE = "_target_sparsity"
 """Of an optimizer that is steered: what steers it."""
-
-_SHIFT = 15
-"""Magnitudes are told apart by their exponent and the first 8 bits after it: all but this many bits of fp32."""
 
 
 class TargetSparsity:
@@ -233,7 +233,7 @@ class TargetSparsity:
             for group in pool:
                 group["target_decay"] = HOLD
             return
-        magnitude = _quantile(_histogram(_params(pool), sample=_SAMPLE), ahead)
+        magnitude = quantile(histogram(_params(pool), sample=_SAMPLE), ahead)
         for group in pool:
             exponent = 2 - group["p_norm"]
             group["target_decay"] = max(HOLD, magnitude**exponent / (exponent * horizon))
@@ -244,7 +244,7 @@ class TargetSparsity:
         zeros, elements = _zeros(pool)
         threshold = 0.0
         if zeros < self.target * elements:
-            threshold = _quantile(_histogram(_params(pool)), self.target)
+            threshold = quantile(histogram(_params(pool)), self.target)
             for param in _params(pool):
                 local = local_shard(param)[0]
                 local.masked_fill_(local.abs() < threshold, 0.0)
@@ -304,32 +304,3 @@ def _zeros(pool: list[dict[str, Any]]) -> tuple[int, int]:
     """Count the zeros and the elements of all parameters, over all shards."""
     counts = count_zeros({str(i): param for i, param in enumerate(_params(pool))})
     return sum(c.zeros for c in counts), sum(c.elements for c in counts)
-
-
-def _histogram(params: Iterable[Tensor], sample: int | None = None) -> Tensor:
-    """Count magnitudes by their leading bits, fp64 of shape (2^(31 - _SHIFT),), over all shards.
-
-    Args:
-        params: Any shapes.
-        sample: Look at this many elements of each shard at most, evenly spaced, and scale the counts up.
-    """
-    totals: dict[tuple, Tensor] = {}  # one for each device and sharding, so that few are reduced and transferred
-    for param in params:
-        local, sharding = local_shard(param)
-        flat = local.reshape(-1)
-        stride = max(1, flat.numel() // sample) if sample else 1
-        while local.ndim and math.gcd(stride, local.shape[-1]) > 1 < local.shape[-1]:
-            stride += 1  # else it would see some columns only
-        bits = flat[::stride].abs().to(torch.float32).view(torch.int32) >> _SHIFT
-        precise = torch.float32 if flat.device.type == "mps" else torch.float64
-        counts = torch.bincount(bits, minlength=2 ** (31 - _SHIFT)).to(precise) * (flat.numel() / max(1, bits.numel()))
-        key = flat.device, sharding
-        totals[key] = totals[key] + counts if key in totals else counts
-    return torch.stack([sum_over_shards(total, key[1]).cpu().double() for key, total in totals.items()]).sum(0)
-
-
-def _quantile(histogram: Tensor, share: float) -> float:
-    """Return a magnitude that about this share of the elements is below, at most a bin too small."""
-    below = histogram.cumsum(0)
-    index = int(torch.searchsorted(below, share * float(below[-1])))
-    return torch.tensor(index << _SHIFT, dtype=torch.int32).view(torch.float32).item()

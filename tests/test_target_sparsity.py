@@ -18,7 +18,8 @@ from hf_padam import (
     TargetSparsityCallback,
     decayed_parameters,
 )
-from hf_padam.target_sparsity import HOLD, _histogram, _quantile, steering_of
+from hf_padam.quantiles import histogram, quantile
+from hf_padam.target_sparsity import HOLD, steering_of
 
 STEPS = 120
 
@@ -219,8 +220,8 @@ def test_quantiles_are_right_to_a_bin():
     magnitudes = torch.cat([p.flatten() for p in params]).abs()
     for q in (0.05, 0.1, 0.5, 0.9, 0.99):
         exact = magnitudes.kthvalue(round(q * len(magnitudes))).values.item()
-        assert _quantile(_histogram(params), q) == pytest.approx(exact, rel=0.005)
-        assert _quantile(_histogram(params, sample=10_000), q) == pytest.approx(exact, rel=0.05)
+        assert quantile(histogram(params), q) == pytest.approx(exact, rel=0.005)
+        assert quantile(histogram(params, sample=10_000), q) == pytest.approx(exact, rel=0.05)
 
 
 @pytest.mark.parametrize(
