@@ -162,6 +162,24 @@ def _file_defect(file: Path, checksums: bool) -> str | None:
 
 
 @contextmanager
+def loading(checkpoint: str | Path) -> Iterator[None]:
+    """Say, where a model's weights are loaded from a checkpoint, that they are of another model if they are.
+
+    Raises:
+        CheckpointError: In place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "state_dict" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{checkpoint} is of another model: {error}\nGive the model that the run began with, or start a new run "
+            "in another directory"
+        ) from error
+
+
+@contextmanager
 def staged_checkpoint(checkpoint: str | Path) -> Iterator[Path]:
     """Yield the directory to write a checkpoint into; when the block is left, flush it and rename it to `checkpoint`.
 

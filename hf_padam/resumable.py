@@ -22,7 +22,7 @@ from transformers.training_args import OptimizerNames
 
 from .checkpoints import (
     TRAINER_STATE,
-    CheckpointError,
+    loading,
     resolve_checkpoint,
     rotate_checkpoints,
     staged_checkpoint,
@@ -125,15 +125,8 @@ class ResumableTrainer(Trainer):
     # Loading.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        try:
+        with loading(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except RuntimeError as error:
-            if "state_dict" not in str(error):
-                raise
-            raise CheckpointError(
-                f"{resume_from_checkpoint} is of another model: {error}\nGive the model that the run began with, or "
-                "start a new run in another directory"
-            ) from error
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

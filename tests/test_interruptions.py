@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,6 +183,24 @@ def test_the_recipes_report_bad_gradients_and_other_settings(tmp_path, model_dir
     (checkpoint / "scheduler.bin").unlink(missing_ok=True)
     result = run_recipe(recipe, config, *more)
     assert result.returncode == 2 and "checkpoint-2 is not a complete checkpoint: it has no schedule" in result.stderr
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_recipes_refuse_a_checkpoint_that_does_not_fit(tmp_path, model_dir, text_file, recipe):
+    shutil.copytree(model_dir, tmp_path / "other")
+    tiny_llama(hidden_size=48).save_pretrained(tmp_path / "other")
+    settings = {"model_name_or_path": model_dir, "train_file": text_file, "max_steps": 2, "save_strategy": "steps"}
+    config = write_config(tmp_path, **settings, output_dir=tmp_path / "out", save_steps=1)
+    assert run_recipe(recipe, config).returncode == 0
+    cases = [
+        (("--decay_embeddings", "true"), "the p-norm decay acts on .*, here on"),
+        (("--model_name_or_path", tmp_path / "other"), "checkpoint-1 is of another model"),
+        (("--optim", "adamw_torch"), "holds the state of optim='padam', which 'adamw_torch' cannot go on from"),
+    ]
+    for more, message in cases[: 3 if recipe == "finetune_clm.py" else 2]:
+        result = run_recipe(recipe, config, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1", *more)
+        assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr[-2000:]
+        assert re.search(f"error: .*{message}", result.stderr), result.stderr[-2000:]
 
 
 def small_disk(directory, size):

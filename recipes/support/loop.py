@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
-from hf_padam.checkpoints import resolve_checkpoint, rotate_checkpoints, staged_checkpoint
+from hf_padam.checkpoints import loading, resolve_checkpoint, rotate_checkpoints, staged_checkpoint
 from hf_padam.schedules import check_schedule
-from hf_padam.settings import check_world_size, hyperparameters, warn_of_other_settings
+from hf_padam.settings import check_decayed, check_world_size, hyperparameters, warn_of_other_settings
 
 from .errors import UsageError
 
@@ -105,10 +105,14 @@ class Progress:
         checkpoint = resolve_checkpoint(choice, output_dir, PROGRESS_FILE)
         if checkpoint is None:
             return
-        saved = torch.load(checkpoint / PROGRESS_FILE, weights_only=True)["_settings"]["processes"]
-        check_world_size(checkpoint, saved, self._accelerator.num_processes, self._accelerator.distributed_type)
+        saved = torch.load(checkpoint / PROGRESS_FILE, weights_only=True)["_settings"]
+        processes, kind = self._accelerator.num_processes, self._accelerator.distributed_type
+        check_world_size(checkpoint, saved["processes"], processes, kind)
+        given = self._settings["decay_embeddings"]
+        check_decayed(checkpoint, _DECAYED[saved["decay_embeddings"]], _DECAYED[given])
         asked = hyperparameters(optimizer)
-        self._accelerator.load_state(str(checkpoint))
+        with loading(checkpoint):
+            self._accelerator.load_state(str(checkpoint))
         if self._accelerator.is_main_process:
             given = {key: self._settings[key] for key in self._settings.keys() - asked.keys() - _WITHOUT_EFFECT}
             warn_of_other_settings(checkpoint, hyperparameters(optimizer), asked, self.saved_settings, given)
@@ -122,6 +126,7 @@ class Progress:
             rotate_checkpoints(checkpoint, limit, state_file=PROGRESS_FILE)
 
 
+_DECAYED = {False: "linear layers", True: "linear layers and embeddings"}
 _WITHOUT_EFFECT = {
     "output_dir", "learning_rate", "per_device_eval_batch_size", "logging_steps", "save_strategy", "save_steps",
     "save_total_limit", "resume_from_checkpoint", "report_to",
