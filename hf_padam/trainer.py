@@ -46,7 +46,7 @@ class PAdamTrainingArguments(TrainingArguments):
     `lambda_p` makes `PAdamTrainer` add the same decay to that optimizer (see `add_pnorm_decay`).
 
     Raises:
-        ValueError: On an option out of range or without effect, before anything is loaded.
+        ValueError: On an option out of range, or one that the optimizer does not have, before anything is loaded.
     """
 
     optim: OptimizerNames | str = field(
@@ -155,12 +155,6 @@ class PAdamTrainingArguments(TrainingArguments):
         if self.nonfinite_gradients not in ("stop", "skip"):
             raise ValueError(f"nonfinite_gradients={self.nonfinite_gradients!r} is not allowed: it is stop or skip")
         check_schedule(self.p_norm_start, self.p_norm_schedule_share, self.p_norm_schedule)
-        for name, plain in (("p_norm_start", DEFAULT_START), ("p_norm_schedule_share", DEFAULT_SHARE)):
-            if self.p_norm_schedule == "constant" and getattr(self, name) != plain:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect while p_norm_schedule is constant: make it "
-                    f"linear or cosine, or drop {name}"
-                )
         if OptimizerNames(self.optim).value in OPTIMIZERS:
             optimizer_options(self)
         else:

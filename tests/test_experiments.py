@@ -338,7 +338,7 @@ def test_options_without_a_value_are_left_to_the_recipe():
 def test_compare_shows_why_a_run_failed(tmp_path, text_file):
     changed = plan(tmp_path, methods={"AdamW": [{"optim": "sdg"}], "gradual": [{}]})
     result = run_recipe("compare.py", changed, "--output_dir", tmp_path / "out", "--train_file", text_file)
-    assert result.returncode == 1 and "sdg" in result.stderr and "log.txt" in result.stderr, result.stderr[-2000:]
+    assert result.returncode == 2 and "sdg" in result.stderr and "log.txt" in result.stderr, result.stderr[-2000:]
 
 
 @pytest.mark.parametrize(("failing", "status"), [({0, 2}, 0), ({1, 2, 3}, 1)], ids=["some", "three in a row"])

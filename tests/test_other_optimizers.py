@@ -105,7 +105,6 @@ def test_a_checkpoint_with_another_decay_is_noticed(tmp_path, caplog):
         ),
         ({"target_start": 0.5}, "target_start=0.5 is an option of padam and has no effect"),
         ({"target_scope": "layer"}, "target_scope='layer' is an option of padam and has no effect"),
-        ({"p_norm_start": 1.5}, "p_norm_start=1.5 has no effect while p_norm_schedule is constant"),
         ({"lambda_p": -1.0}, "lambda_p=-1.0 is not allowed"),
         ({"optim_args": "lambda_p=0.3"}, "lambda_p is an option of padam, not of adamw_torch.*--lambda_p"),
         ({"optim": "lomo"}, "does not go with optim='lomo': it updates each layer during the backward pass"),
