@@ -108,6 +108,13 @@ def resolve_checkpoint(
         found = [newest_checkpoint(directory, state_file)]
         if found == [None]:
             logger.warning("%s has no complete checkpoint: training starts from the beginning.", directory)
+    elif not choice and PartialState().is_main_process and _checkpoints(Path(directory)):
+        newest = max(_checkpoints(Path(directory)), key=_step)
+        logger.warning(
+            "%s is of an earlier run, and would be taken for this one's when it is resumed: remove it, or give "
+            "another output directory.",
+            newest,
+        )
     return broadcast_object_list(found)[0] if choice else None
 
 

@@ -12,6 +12,7 @@ import evaluate
 import torch
 from torch import Tensor, nn
 
+from .param_groups import decayed_parameters
 from .sparsity import TensorCount, count_model_zeros, summarize
 
 
@@ -93,17 +94,17 @@ class WeightSparsity(evaluate.Measurement):
         )
 
     def compute(
-        self, *, model: nn.Module | None = None, decayed: Collection[str] = (), **kwargs: Any
+        self, *, model: nn.Module | None = None, decayed: Collection[str] | None = None, **kwargs: Any
     ) -> dict[str, float | int]:
         """Count a model's zeros, or reduce counts given as `data`.
 
         Args:
             model: Counted whole: frozen parameters included, tied ones once.
-            decayed: Names of its decayed weights, e.g. from `hf_padam.decayed_parameters`.
+            decayed: Names of its decayed weights; what `hf_padam.decayed_parameters` returns for it by default.
             kwargs: ``data``, in place of a model.
         """
         if model is not None:
-            return summarize(count_model_zeros(model, decayed))
+            return summarize(count_model_zeros(model, decayed_parameters(model) if decayed is None else decayed))
         return super().compute(**kwargs)
 
     def _compute(self, data: list[dict[str, Any]]) -> dict[str, float | int]:

@@ -37,7 +37,7 @@ def add_pnorm_decay(
     *,
     p_norm: float = DEFAULT_P_NORM,
     lambda_p: float = DEFAULT_LAMBDA_P,
-    params: Iterable[Tensor | tuple[str, Tensor]] | None = None,
+    params: Mapping[str, Tensor] | Iterable[Tensor | tuple[str, Tensor]] | None = None,
 ) -> None:
     """Make every later ``optimizer.step()`` end with pWD, for any torch optimizer whose groups have an `lr`.
 
@@ -60,8 +60,9 @@ def add_pnorm_decay(
         optimizer: Any but `PAdam`; if accelerate has wrapped it, the one inside.
         p_norm: See `PAdam`.
         lambda_p: See `PAdam`.
-        params: The parameters that decay, or (name, parameter) pairs, such as ``decayed_parameters(model).items()``;
-            all by default. Groups that hold others too are divided in two; others get ``lambda_p=0``.
+        params: The parameters that decay; with their names, such as ``decayed_parameters(model)``, errors name them.
+            Without it all do, biases, norms and embeddings too. Groups that hold others too are divided in two; others
+            get ``lambda_p=0``.
 
     Raises:
         TypeError: If `optimizer` is no torch optimizer.
@@ -83,7 +84,8 @@ def add_pnorm_decay(
         raise ValueError(f"this {kind} has a p-norm decay already: set p_norm and lambda_p of its parameter groups")
     names: dict[int, str] | None = None
     if params is not None:
-        pairs = [item if isinstance(item, tuple) else ("", item) for item in params]
+        items = params.items() if isinstance(params, Mapping) else params
+        pairs = [item if isinstance(item, tuple) else ("", item) for item in items]
         if not pairs:
             raise ValueError("params is empty, so nothing would decay: name parameters, or leave params out for all")
         names = {id(param): name for name, param in pairs}

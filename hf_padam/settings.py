@@ -40,8 +40,12 @@ def check_world_size(checkpoint: str | Path, saved: int, given: int, distributed
         )
 
 
-_INTERCHANGEABLE = ({"padam", "padam_8bit"}, {"adamw_torch", "adamw_torch_fused"})
-"""Optimizers that go on from each other's states."""
+_GOES_ON = {
+    ("padam", "padam_8bit"),
+    ("adamw_torch", "adamw_torch_fused"),
+    ("adamw_torch_fused", "adamw_torch"),
+}
+"""Optimizers of which the second goes on from the state of the first."""
 
 
 def check_optimizer(checkpoint: str | Path, saved: str, given: str) -> None:
@@ -50,7 +54,7 @@ def check_optimizer(checkpoint: str | Path, saved: str, given: str) -> None:
     Raises:
         CheckpointError: If it cannot.
     """
-    if saved != given and not any({saved, given} <= names for names in _INTERCHANGEABLE):
+    if saved != given and (saved, given) not in _GOES_ON:
         raise CheckpointError(
             f"{checkpoint} holds the state of optim={saved!r}, which {given!r} cannot go on from: give "
             f"optim={saved!r}, or start a new run with its weights as the model"

@@ -250,7 +250,7 @@ def _decayed(model: ModelDirectory, names: list[str]) -> tuple[set[str], set[str
     found = decayed & set(names)
     if not found:
         return set(), along_rows, "decayed: guessed from names and shapes, which the model's class has others for"
-    return found, along_rows & set(names), f"decayed: what {type(skeleton).__name__} trains with decay"
+    return found, along_rows & set(names), f"decayed: what decays by default in {type(skeleton).__name__}"
 
 
 def _skeleton(model: ModelDirectory) -> nn.Module:

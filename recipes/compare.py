@@ -6,7 +6,8 @@ The file names a recipe, options common to all runs, the seeds, and for each met
 method with whose best loss others are compared, `reference` the one whose loss at the same sparsity is, seed by seed.
 Every run is that recipe in a process of its own, one on each GPU where there are several; `log.txt`, `results.json`
 and `run_config.yaml` of each are in a directory named after it. Interrupted, the same command goes on with the runs
-that are not finished. Options after the file go to the recipe.
+that are not finished. A setting of which a run fails, for its loss grows out of bounds for example, is named and left
+out of the table; the same command tries it again. Options after the file go to the recipe.
 
 In the output directory: pareto.md (the table), pareto.csv (every seed) and pareto.png.
 """
@@ -23,9 +24,9 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from support.arguments import check_output_dir
-from support.errors import UsageError, reports_usage_errors
+from support.errors import RunFailed, UsageError, reports_usage_errors
 from support.pareto import Comparison, Point, setting
-from support.trials import Job, Runner, extra_options, read_plan
+from support.trials import Job, Runner, check_options, extra_options, read_plan
 
 KEYS = {"title": str, "recipe": str, "options": dict, "seeds": list, "methods": dict}
 COMPARED_WITH = {"dense": str, "reference": str}
@@ -94,26 +95,38 @@ def main() -> None:
             raise UsageError(f"{args.plan}: {name} is {plan[name]!r}, which is not among the methods")
     directory = check_output_dir(args.output_dir)
     jobs = plan_jobs(plan, extra, directory)
+    for job in list(jobs.values())[: len(jobs) // len(plan["seeds"])]:  # those of one seed
+        check_options(job)
     runner = Runner(args.jobs)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as progress:
         task = progress.add_task("runs", total=len(jobs))
 
-        def done(job: Job, result: dict[str, Any]) -> None:
-            loss, zeros = result["validation_loss"], result["sparsity"]
-            progress.console.print(f"{job.output_dir.name}: loss {loss:.4f}, zeros {zeros:.2%}", highlight=False)
+        def done(job: Job, result: dict[str, Any] | RunFailed) -> None:
+            if isinstance(result, RunFailed):
+                text = f"left out: {result}"
+            else:
+                text = f"loss {result['validation_loss']:.4f}, zeros {result['sparsity']:.2%}"
+            progress.console.print(f"{job.output_dir.name}: {text}", highlight=False)
             progress.advance(task)
 
-        results = runner.run_all(list(jobs.values()), done)
-    comparison = Comparison(
-        collect(plan, dict(zip(jobs, results, strict=True))), plan.get("dense"), plan.get("reference")
-    )
-    seeds = ", ".join(map(str, plan["seeds"]))
-    machines = "; ".join(sorted({result["hardware"] for result in results}))
-    comparison.write(directory, plan["title"], f"Seeds {seeds}. Each run on: {machines}.")
-    comparison.print(plan["title"])
-    print(f"pareto.md, pareto.csv and pareto.png are in {directory}")
+        outcomes = dict(zip(jobs, runner.run_all(list(jobs.values()), done), strict=True))
+    failures = {key[:2]: outcome for key, outcome in outcomes.items() if isinstance(outcome, RunFailed)}
+    results = {
+        key: outcome
+        for key, outcome in outcomes.items()
+        if key[:2] not in failures and not isinstance(outcome, RunFailed)
+    }
+    if results:
+        comparison = Comparison(collect(plan, results), plan.get("dense"), plan.get("reference"))
+        seeds = ", ".join(map(str, plan["seeds"]))
+        machines = "; ".join(sorted({result["hardware"] for result in results.values()}))
+        comparison.write(directory, plan["title"], f"Seeds {seeds}. Each run on: {machines}.")
+        comparison.print(plan["title"])
+        print(f"pareto.md, pareto.csv and pareto.png are in {directory}")
+    if failures:
+        raise next(iter(failures.values()))
 
 
 if __name__ == "__main__":

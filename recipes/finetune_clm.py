@@ -16,6 +16,7 @@ The flags are those of Hugging Face's run_clm.py and of TrainingArguments; a YAM
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from support import report
@@ -48,13 +49,17 @@ class TestBefore(TrainerCallback):
             self.trainer.evaluate(self.split, metric_key_prefix="test_before")
 
 
+def parse(argv: list[str]) -> tuple[Any, ...]:
+    """Parse a command line into arguments of the model, the data, the methods to compare with, and the training."""
+    kinds = (ModelArguments, DataArguments, PruningArguments, PAdamTrainingArguments)
+    return parse_arguments((__doc__ or "").split("\n")[0], *kinds, argv=argv)
+
+
 @reports_usage_errors
 def main() -> None:
     """Run the recipe."""
     # 1. Arguments, checked before anything is fetched.
-    model_args, data_args, pruning_args, args = parse_arguments(
-        (__doc__ or "").split("\n")[0], ModelArguments, DataArguments, PruningArguments, PAdamTrainingArguments
-    )
+    model_args, data_args, pruning_args, args = parse(sys.argv[1:])
     output_dir = check_output_dir(args.output_dir)
     if data_args.streaming and args.max_steps <= 0:
         raise UsageError("--streaming has no end that is known in advance: give --max_steps")

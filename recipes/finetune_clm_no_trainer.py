@@ -32,12 +32,15 @@ from hf_padam.interruption import EXIT_STATUS, StopSignal
 from hf_padam.metrics import sequence_nll
 
 
+def parse(argv: list[str]) -> tuple[Any, ...]:
+    """Parse a command line into arguments of the model, the data, and the training."""
+    return parse_arguments((__doc__ or "").split("\n")[0], ModelArguments, DataArguments, LoopArguments, argv=argv)
+
+
 @reports_usage_errors
 def main() -> None:
     """Run the recipe."""
-    model_args, data_args, args = parse_arguments(
-        (__doc__ or "").split("\n")[0], ModelArguments, DataArguments, LoopArguments
-    )
+    model_args, data_args, args = parse(sys.argv[1:])
     output_dir = check_output_dir(args.output_dir)
     if data_args.streaming and args.max_steps <= 0:
         raise UsageError("--streaming has no end that is known in advance: give --max_steps")

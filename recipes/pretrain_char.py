@@ -22,6 +22,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from support import report
 from support.arguments import check_output_dir, check_resume, parse_arguments
@@ -100,18 +101,17 @@ def with_preset(argv: list[str]) -> list[str]:
     return [*preset, *argv]
 
 
+def parse(argv: list[str]) -> tuple[Any, ...]:
+    """Parse a command line into arguments of the model, the text, the methods to compare with, and the training."""
+    kinds = (CharacterModelArguments, TextArguments, PruningArguments, PAdamTrainingArguments)
+    return parse_arguments((__doc__ or "").split("\n")[0], *kinds, argv=with_preset(argv))
+
+
 @reports_usage_errors
 def main() -> None:
     """Run the recipe."""
     # 1. Arguments and text, checked before anything is built.
-    model_args, text_args, pruning_args, args = parse_arguments(
-        (__doc__ or "").split("\n")[0],
-        CharacterModelArguments,
-        TextArguments,
-        PruningArguments,
-        PAdamTrainingArguments,
-        argv=with_preset(sys.argv[1:]),
-    )
+    model_args, text_args, pruning_args, args = parse(sys.argv[1:])
     output_dir = check_output_dir(args.output_dir)
     resume = check_resume(args.resume_from_checkpoint)
     with args.main_process_first(desc="fetching"):

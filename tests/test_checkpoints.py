@@ -118,6 +118,12 @@ def test_without_a_checkpoint_training_starts_from_the_beginning_and_says_so(tmp
     assert "has no complete checkpoint: training starts from the beginning" in caplog.text
 
 
+def test_checkpoints_of_an_earlier_run_are_pointed_out(tmp_path, caplog):
+    checkpoint_at(tmp_path, 4, 100)
+    assert resolve_checkpoint(None, tmp_path) is None
+    assert "checkpoint-4 is of an earlier run" in caplog.text
+
+
 def test_a_checkpoint_of_the_last_step_is_not_trained_further(tmp_path):
     args = PAdamTrainingArguments(**options(tmp_path, max_steps=3, save_strategy="steps", save_steps=2))
     models = []

@@ -6,10 +6,12 @@ import contextlib
 import csv
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import compare
@@ -20,11 +22,11 @@ import torch
 import yaml
 from conftest import REPOSITORY, TEXT, tiny_gpt2, tiny_llama
 from support.arguments import DataArguments, ModelArguments, parse_arguments
-from support.characters import Blocks, TextArguments, character_tokenizer, collate_blocks, encode
+from support.characters import Blocks, character_tokenizer, collate_blocks, encode
 from support.errors import UsageError
 from support.pareto import Comparison, Point, differences, loss_at, pareto_front
-from support.pruning import MagnitudePruning, PruningArguments, SoftThreshold, prune_by_magnitude, prune_by_wanda
-from support.trials import RunFailed, as_arguments, read_plan
+from support.pruning import MagnitudePruning, SoftThreshold, prune_by_magnitude, prune_by_wanda
+from support.trials import RunFailed, as_arguments, check_options, read_plan
 from test_recipes import run_recipe
 from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerControl, TrainerState, TrainingArguments
@@ -162,13 +164,9 @@ def test_every_setting_of_a_plan_is_a_run_that_its_recipe_understands(file, tmp_
     plan = read_plan(str(file), compare.KEYS, compare.COMPARED_WITH)
     jobs = compare.plan_jobs(plan, {}, tmp_path)
     for job in list(jobs.values())[: len(jobs) // len(plan["seeds"])]:
-        words = as_arguments({k: v for k, v in job.options.items() if k not in ("bf16",)})
-        if job.recipe == "pretrain_char.py":
-            kinds = (pretrain_char.CharacterModelArguments, TextArguments)
-            words = pretrain_char.with_preset([*words, "--train_file", str(text_file)])
-        else:
-            kinds = (ModelArguments, DataArguments)
-        parse_arguments("", *kinds, PruningArguments, PAdamTrainingArguments, argv=words)
+        text = {"train_file": str(text_file)} if job.recipe == "pretrain_char.py" else {}
+        options = {name: value for name, value in job.options.items() if name != "bf16"}
+        check_options(replace(job, options=options | text))
 
 
 def test_blocks_cover_a_text_once_or_start_anywhere():
@@ -312,13 +310,17 @@ def test_compare_tables_every_method_and_takes_up_what_is_finished(tmp_path, tex
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recipe": "nothing.py"}, "there is no recipe 'nothing.py'"),
+        ({"recipe": "nothing.py"}, "recipe is 'nothing.py'; it must be one of pretrain_char.py"),
+        (
+            {"methods": {"AdamW": [{"prune_ot": 0.5}], "gradual": [{}]}},
+            "adamw_prune_ot_0.5-seed1: unknown option --prune_ot (did you mean --prune_to?)",
+        ),
         ({"dense": "Adam"}, "dense is 'Adam', which is not among the methods"),
         ({"methods": {"AdamW": [], "gradual": 3}}, "must be a list of mappings"),
         ({"methods": {"AdamW": [{}, {"one_shot": [0.5]}], "gradual": [{}]}}, "2 settings have the name adamw-seed1"),
         ({"colour": 1}, "must have the keys title, recipe"),
     ],
-    ids=["recipe", "dense", "methods", "twice", "key"],
+    ids=["recipe", "option", "dense", "methods", "twice", "key"],
 )
 def test_compare_refuses_a_bad_plan(tmp_path, changes, message, monkeypatch, capsys):
     arguments = [str(plan(tmp_path, **changes)), "--output_dir", str(tmp_path / "out")]
@@ -335,10 +337,15 @@ def test_options_without_a_value_are_left_to_the_recipe():
     assert as_arguments({"a": None, "one_shot": [], "b": [1, 2], "c": False}) == ["--b", "1", "2", "--c", "False"]
 
 
-def test_compare_shows_why_a_run_failed(tmp_path, text_file):
-    changed = plan(tmp_path, methods={"AdamW": [{"optim": "sdg"}], "gradual": [{}]})
+def test_compare_leaves_out_what_fails_says_why_and_tables_the_rest(tmp_path, text_file):
+    methods = {"AdamW": [{"optim": "adamw_torch"}], "gradual": [{"learning_rate": 1e30}]}
+    changed = plan(tmp_path, methods=methods, seeds=[1])
     result = run_recipe("compare.py", changed, "--output_dir", tmp_path / "out", "--train_file", text_file)
-    assert result.returncode == 2 and "sdg" in result.stderr and "log.txt" in result.stderr, result.stderr[-2000:]
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr[-2000:]
+    assert re.search(r"error: the run in .* failed: error: the gradient norm of step .*log.txt", result.stderr)
+    assert "left out" in result.stdout
+    rows = list(csv.DictReader((tmp_path / "out" / "pareto.csv").open()))
+    assert [row["method"] for row in rows] == ["AdamW"]
 
 
 @pytest.mark.parametrize(("failing", "status"), [({0, 2}, 0), ({1, 2, 3}, 1)], ids=["some", "three in a row"])

@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -119,19 +118,19 @@ decay_embeddings dense_modules target_sparsity target_start target_end target_sc
 """The training options that `--help` shows; `--help_all` shows all of them."""
 
 
-def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...]:
     """Parse ``[CONFIG] [--option value ...]`` into instances of dataclasses; options override the config file.
 
     Args:
         description: Heads the help text.
         dataclass_types: As for `HfArgumentParser`.
-        argv: The arguments; those of the process by default.
+        argv: The arguments.
 
     Raises:
         UsageError: If a key or option is unknown, or a value is impossible.
     """
     _connect_cpu_processes()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(argv)
     parser = HfArgumentParser(
         list(dataclass_types),
         description=description,
@@ -149,14 +148,14 @@ def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]
         _shorten_help(parser, dataclass_types)
     if argv and not argv[0].startswith("-"):
         argv = _config_as_options(Path(argv[0]), known, argv[1:]) + argv[1:]
+    _, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise UsageError(f"unknown option {name}{_suggest(name.lstrip('-'), known, '--')}. --help lists the options")
     try:
-        *parsed, remaining = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+        return parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(str(error)) from error
-    if remaining:
-        name = remaining[0].split("=")[0]
-        raise UsageError(f"unknown option {name}{_suggest(name.lstrip('-'), known, '--')}. --help lists the options")
-    return tuple(parsed)
 
 
 def _connect_cpu_processes() -> None:

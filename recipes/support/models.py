@@ -61,6 +61,12 @@ def load_model_and_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or name, **tokenizer_options)
         except Exception as error:  # as below; a tokenizer of its own is named as such
             if not args.tokenizer_name:
+                if Path(name).is_dir() and "gguf_file" not in options and not isinstance(error, ImportError):
+                    reason = str(error).strip().splitlines()[0].rstrip(":")
+                    raise UsageError(
+                        f"--model_name_or_path {name} has no tokenizer that can be loaded ({reason}). Save one there "
+                        "with tokenizer.save_pretrained, or give --tokenizer_name"
+                    ) from error
                 raise
             raise UsageError(_explain(args.tokenizer_name, error, "tokenizer")) from error
         dtype: Any = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)

@@ -228,12 +228,17 @@ def _rows(run: Run) -> list[tuple[str, str, str]]:
         ]
     if "test_perplexity" in r:
         test = [("test perplexity", f"{r['test_perplexity_before']:.2f}", f"{r['test_perplexity']:.2f}")]
+    one_shot = [
+        (f"loss with {row['share']:.0%} pruned at once, {row['method']}", "", f"{row['validation_loss']:.4f}")
+        for row in r.get("one_shot", [])
+    ]
     if "linear_sparsity" in r:
         linear = [("zeros among the weights of linear layers", "", f"{r['linear_sparsity']:.2%}")]
     return [
         *test,
         ("validation perplexity", "", f"{r['validation_perplexity']:.2f}"),
         ("validation loss (nats per token)", "", f"{r['validation_loss']:.4f}"),
+        *one_shot,
         ("zeros among the decayed weights", f"{before_sparsity:.2%}", f"{r['sparsity']:.2%}"),
         *linear,
         ("zeros among all weights", "", f"{r['sparsity_total']:.2%}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
@@ -27,6 +28,7 @@ from .errors import RunFailed, UsageError
 
 Options = dict[str, Any]
 RECIPES = Path(__file__).parents[1]
+TRAINING_RECIPES = ("pretrain_char.py", "finetune_clm.py", "finetune_clm_no_trainer.py")
 
 
 @dataclass(frozen=True)
@@ -103,22 +105,30 @@ class Runner:
             raise kind(f"the run in {job.output_dir} failed: {reason} (all of its output is in {log})")
         return json.loads(results.read_text())
 
-    def run_all(self, jobs: Sequence[Job], done: Callable[[Job, dict[str, Any]], None]) -> list[dict[str, Any]]:
-        """Run jobs, call `done` after each, and return their results in order. The first failure stops all.
+    def run_all(
+        self, jobs: Sequence[Job], done: Callable[[Job, dict[str, Any] | RunFailed], None]
+    ) -> list[dict[str, Any] | RunFailed]:
+        """Run jobs, call `done` after each, and return their results, or how they failed, in order.
 
         Raises:
-            RunFailed: Of the first job that failed, or a UsageError.
+            UsageError: Of the first job that cannot begin; no other one is started then.
         """
+        outcomes: dict[int, dict[str, Any] | RunFailed] = {}
         with ThreadPoolExecutor(self.jobs) as pool:
-            futures = {pool.submit(self.run, job): job for job in jobs}
+            futures = {pool.submit(self.run, job): i for i, job in enumerate(jobs)}
             try:
                 for future in as_completed(futures):
-                    done(futures[future], future.result())
+                    try:
+                        outcome: dict[str, Any] | RunFailed = future.result()
+                    except RunFailed as error:
+                        outcome = error
+                    outcomes[futures[future]] = outcome
+                    done(jobs[futures[future]], outcome)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.stop()
                 raise
-        return [future.result() for future in futures]
+        return [outcomes[i] for i in range(len(jobs))]
 
     def _exit(self, *_: Any) -> None:
         self.stop()
@@ -130,6 +140,21 @@ class Runner:
             self._stopped = True
             for process in list(self._running):
                 process.terminate()
+
+
+def check_options(job: Job) -> None:
+    """Parse a job's options as its recipe will, so that what it refuses is known before anything runs.
+
+    Raises:
+        UsageError: Naming the job, and what is wrong.
+    """
+    recipe = importlib.import_module(job.recipe.removesuffix(".py"))
+    try:
+        recipe.parse([*as_arguments(job.options), "--output_dir", str(job.output_dir)])
+    except UsageError as error:
+        raise UsageError(f"{job.output_dir.name}: {error}") from error
+    except SystemExit as exit:  # of argparse, which has said why
+        raise UsageError(f"{job.output_dir.name}: its options are refused, see above") from exit
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
@@ -167,8 +192,8 @@ def read_plan(path: str, keys: Mapping[str, type], optional: Mapping[str, type] 
     for key, kind in {key: kind for key, kind in {**keys, **optional}.items() if key in plan}.items():
         if not isinstance(plan[key], kind) or plan[key] in ("", [], {}):
             raise UsageError(f"{path}: {key} is {plan[key]!r}, which is empty or of the wrong type")
-    if not (RECIPES / plan["recipe"]).is_file():
-        raise UsageError(f"{path}: there is no recipe {plan['recipe']!r} in {RECIPES}")
+    if plan["recipe"] not in TRAINING_RECIPES:
+        raise UsageError(f"{path}: recipe is {plan['recipe']!r}; it must be one of {', '.join(TRAINING_RECIPES)}")
     return plan
 
 
