@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from support.characters import Blocks, character_tokenizer, collate_blocks, enco
 from support.errors import UsageError
 from support.pareto import Comparison, Point, differences, loss_at, pareto_front
 from support.pruning import MagnitudePruning, SoftThreshold, prune_by_magnitude, prune_by_wanda
-from support.trials import RunFailed, as_arguments, check_options, read_plan
+from support.trials import Job, RunFailed, as_arguments, check_options, read_plan
 from test_recipes import run_recipe
 from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerControl, TrainerState, TrainingArguments
@@ -331,6 +332,13 @@ def test_compare_refuses_a_bad_plan(tmp_path, changes, message, monkeypatch, cap
 def test_compare_refuses_options_that_its_plan_varies(tmp_path, option, monkeypatch, capsys):
     arguments = [str(plan(tmp_path)), "--output_dir", str(tmp_path / "out"), *option]
     assert f"{option[0]} is what the plan varies" in refusal(compare.main, arguments, monkeypatch, capsys)
+
+
+def test_checking_options_leaves_the_environment_alone(tmp_path, monkeypatch):
+    """TrainingArguments set variables that the runs, which are processes of their own, would inherit."""
+    monkeypatch.setattr(pretrain_char, "parse", lambda argv: os.environ.update(ACCELERATE_SOMETHING="true"))
+    check_options(Job("pretrain_char.py", {}, tmp_path))
+    assert "ACCELERATE_SOMETHING" not in os.environ
 
 
 def test_options_without_a_value_are_left_to_the_recipe():

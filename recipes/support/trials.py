@@ -149,12 +149,16 @@ def check_options(job: Job) -> None:
         UsageError: Naming the job, and what is wrong.
     """
     recipe = importlib.import_module(job.recipe.removesuffix(".py"))
+    environment = dict(os.environ)  # which TrainingArguments change, and later runs inherit
     try:
         recipe.parse([*as_arguments(job.options), "--output_dir", str(job.output_dir)])
     except UsageError as error:
         raise UsageError(f"{job.output_dir.name}: {error}") from error
     except SystemExit as exit:  # of argparse, which has said why
         raise UsageError(f"{job.output_dir.name}: its options are refused, see above") from exit
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
