@@ -4,18 +4,21 @@ Importing this package registers the name "padam" with Transformers. PAdam is Ad
 for any p norm of arXiv 2404.10824; it is not the *partially adaptive* "Padam" of arXiv 1806.06763.
 """
 
-from . import compressed_loading as compressed_loading  # registers the loader of compressed models
-from . import registration
-from .compression import compress, decompress, save_compressed
-from .eight_bit import PAdam8bit
-from .metrics import Perplexity, WeightSparsity, sequence_nll
-from .optimizer import PAdam
-from .param_groups import decayed_parameters, get_param_groups
-from .pnorm_decay import add_pnorm_decay
-from .schedules import PNormScheduleCallback, PNormScheduler, p_norm_at
-from .target_callbacks import TargetSparsityCallback
-from .target_sparsity import TargetSparsity
-from .trainer import PAdamTrainer, PAdamTrainingArguments
+import sys
+
+from .compression import loading as loading  # registers the loader of compressed models
+from .compression.compress import compress, decompress, save_compressed
+from .optim.any_optimizer import add_pnorm_decay
+from .optim.eight_bit import PAdam8bit
+from .optim.padam import PAdam
+from .optim.schedules import PNormScheduler, p_norm_at
+from .optim.target_sparsity import TargetSparsity
+from .training import arguments, registration
+from .training.arguments import PAdamTrainingArguments
+from .training.callbacks import PNormScheduleCallback, TargetSparsityCallback
+from .training.metrics import Perplexity, WeightSparsity, sequence_nll
+from .training.param_groups import decayed_parameters, get_param_groups
+from .training.trainer import PAdamTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,3 +43,5 @@ __all__ = [
 ]
 
 registration.register()
+# Where `training_args.bin` of runs before 0.2 looks for `PAdamTrainingArguments`.
+sys.modules[f"{__name__}.trainer"] = arguments

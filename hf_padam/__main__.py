@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _compression(args: argparse.Namespace) -> str:
     """Compress or decompress; return what to print."""
-    from .compression import compress, decompress, upload
+    from .compression.compress import compress, decompress, upload
 
     if args.command == "decompress":
         return f"{decompress(args.source, args.destination, force=args.force)} holds the standard checkpoint.\n"
@@ -73,9 +73,9 @@ def _compression(args: argparse.Namespace) -> str:
 
 def _sparsity(args: argparse.Namespace) -> str:
     """Make the report; return what to print."""
+    from .compression.model_directory import ModelDirectory
+    from .compression.sparsity_report import SparsityReport, parse_pattern
     from .files import write_atomically
-    from .model_directory import ModelDirectory
-    from .sparsity_report import SparsityReport, parse_pattern
 
     pattern = parse_pattern(args.pattern)
     with ModelDirectory.find(args.model) as model:

@@ -32,6 +32,11 @@ class TensorCount:
         return self.zeros / self.elements if self.elements else 0.0
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return a DTensor's local shard: the update is elementwise, so stepping the shards steps the tensor exactly."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def local_shard(tensor: Tensor) -> tuple[Tensor, Any]:
     """Return the part of a tensor that is held here, and how the tensor is sharded (None where it is not).
 

@@ -34,8 +34,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_padam import PAdam
-from hf_padam.backends import BACKENDS
 from hf_padam.files import write_atomically
+from hf_padam.optim.backends import BACKENDS
 
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2-135m": dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536,

@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator, get_scheduler
 
 from hf_padam import PAdam, Perplexity, PNormScheduler, TargetSparsity, WeightSparsity, get_param_groups
-from hf_padam.gradients import check_gradient_norm
-from hf_padam.interruption import EXIT_STATUS, StopSignal
-from hf_padam.metrics import sequence_nll
+from hf_padam.resuming.interruption import EXIT_STATUS, StopSignal
+from hf_padam.training.gradients import check_gradient_norm
+from hf_padam.training.metrics import sequence_nll
 
 
 def parse(argv: list[str]) -> tuple[Any, ...]:

@@ -34,7 +34,7 @@ from support.timing import StepTimer
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments, WeightSparsity, decayed_parameters
-from hf_padam.registration import OPTIMIZERS
+from hf_padam.training.registration import OPTIMIZERS
 
 PRESETS = {"full": {"p_norm": 0.8, "lambda_p": 0.003}, "cpu": {"p_norm": 0.8, "lambda_p": 0.005}}
 """By name, what PAdam takes where neither its strength nor another optimizer is given; the rest is in configs/."""

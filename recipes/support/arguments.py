@@ -17,8 +17,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_padam.checkpoints import TRAINER_STATE, CheckpointError, check_checkpoint
 from hf_padam.files import write_atomically
+from hf_padam.resuming.checkpoints import TRAINER_STATE, CheckpointError, check_checkpoint
 
 from .errors import UsageError
 

@@ -6,8 +6,8 @@ import functools
 import sys
 from collections.abc import Callable
 
-from hf_padam.checkpoints import CheckpointError
 from hf_padam.files import WriteError
+from hf_padam.resuming.checkpoints import CheckpointError
 
 
 class UsageError(Exception):

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
-from hf_padam.checkpoints import loading, resolve_checkpoint, rotate_checkpoints, staged_checkpoint
-from hf_padam.schedules import check_schedule
-from hf_padam.settings import check_decayed, check_world_size, hyperparameters, warn_of_other_settings
+from hf_padam.optim.schedules import check_schedule
+from hf_padam.resuming.checkpoints import loading, resolve_checkpoint, rotate_checkpoints, staged_checkpoint
+from hf_padam.resuming.settings import check_decayed, check_world_size, hyperparameters, warn_of_other_settings
 
 from .errors import UsageError
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.training_args import OptimizerNames
 
 from hf_padam import PAdamTrainer
-from hf_padam.registration import OPTIMIZERS
+from hf_padam.training.registration import OPTIMIZERS
 
 from .errors import UsageError
 

@@ -27,7 +27,7 @@ from transformers.training_args import OptimizerNames
 import hf_padam
 from hf_padam import PAdamTrainingArguments
 from hf_padam.files import staged, write_atomically
-from hf_padam.other_optimizers import asks_for_decay
+from hf_padam.optim.target_sparsity import steering_of
 from hf_padam.sparsity import (
     NEAR_ZERO,
     TensorCount,
@@ -37,7 +37,7 @@ from hf_padam.sparsity import (
     sum_over_shards,
     summarize,
 )
-from hf_padam.target_sparsity import steering_of
+from hf_padam.training.other_optimizers import asks_for_decay
 
 from .arguments import save_config
 

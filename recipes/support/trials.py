@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from hf_padam.files import write_atomically
-from hf_padam.interruption import EXIT_STATUS
+from hf_padam.resuming.interruption import EXIT_STATUS
 
 from .arguments import JSON_LISTS
 from .errors import RunFailed, UsageError

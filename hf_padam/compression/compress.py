@@ -1,0 +1,323 @@
+"""Compress a model's directory, and get the standard one back: tensor by tensor, without loss, whole or not at all.
+
+A compressed directory holds what the original held, in the same number of weight files of the same names: safetensors
+files, in which every tensor is the bytes of its packed form (`packing`). Its config.json says so under
+`quantization_config`, by which Transformers finds the loader (`compressed_loading`). Each weight file carries the
+checksums of its own header, of config.json and of the index.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..files import staged_new_directory
+from .model_card import add_sparsity, remove_sparsity
+from .model_directory import CONFIG, OTHER_WEIGHTS, QUANT_METHOD, VERSION_KEY, ModelDirectory, checksum
+from .packing import (
+    FORMAT_VERSION,
+    CompressionError,
+    TensorInfo,
+    chain,
+    pack_chunk,
+    pack_head,
+    records,
+    unpack_chunk,
+    unpack_head,
+)
+from .parallel import in_order
+from .sparsity_report import SparsityReport
+from .tensor_files import INDEX, StoredTensor, TensorFile, TensorWriter
+
+CARD = "README.md"
+_NOT_COPIED = (*OTHER_WEIGHTS, ".safetensors", ".index.json")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_COPIED_DIRECTORIES = ("additional_chat_templates",)
+_FEW_ZEROS = 0.1
+_SOURCE = "source_"
+"""How keys of the weight files' metadata begin that hold what was there before: each file's own metadata and, in the
+first file, the text of config.json and of the index."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` did."""
+
+    directory: Path
+    dense_bytes: int  # of the weight files, headers included
+    bytes: int
+    report: SparsityReport
+    left_out: list[str]  # files of the original that were not copied
+
+    def __str__(self) -> str:
+        zeros = self.report.totals["sparsity_total"]
+        lines = [
+            f"{self.directory}: {self.bytes / 1e6:,.1f} MB, {self.bytes / self.dense_bytes:.1%} of the dense "
+            f"{self.dense_bytes / 1e6:,.1f} MB; {zeros:.1%} of all weights are zero."
+        ]
+        if zeros < _FEW_ZEROS:
+            lines.append(
+                "Note: few of its weights are zero, so compression gains little: what it gains is that exponents of "
+                'floats repeat. Fine-tune with optim="padam" for zeros.'
+            )
+        if self.left_out:
+            lines.append(f"Left out: {', '.join(self.left_out)}.")
+        return "\n".join(lines)
+
+
+def compress(source: str | Path, destination: str | Path, *, force: bool = False) -> Compressed:
+    """Compress a model's directory. A bar on stderr shows the progress, on a terminal.
+
+    Args:
+        source: A directory with safetensors files, or a model's id on the Hugging Face Hub.
+        destination: The directory to make.
+        force: Replace a model's directory that is there; not one that holds checkpoints or other directories.
+
+    Raises:
+        CompressionError: If the source is damaged, has no config, is compressed or quantized.
+        FileExistsError: If there is something at the destination.
+        WriteError: If it could not be written.
+    """
+    with ModelDirectory.find(source) as model:
+        if model.compressed:
+            raise CompressionError(f"{source} is compressed already; `hf-padam decompress` makes it dense again")
+        if model.config_bytes is None:
+            raise CompressionError(f"{source} has no {CONFIG}, without which a compressed model cannot be loaded")
+        if model.quantization:
+            method = model.quantization.get("quant_method")
+            raise CompressionError(
+                f"{source} is quantized ({method}), and Transformers takes one quantization_config only. Compress the "
+                "model as it was before"
+            )
+        with _new_directory(model.path, destination, force) as staging:
+            report = SparsityReport.of(model, near_zero=None)
+            left_out = _copy_others(model.path, staging)
+            _compress_weights(model, staging)
+            add_sparsity(staging / CARD, report, model.nbytes, sum(f.stat().st_size for f in _weights(staging)))
+            with ModelDirectory(staging) as written:
+                written.check()
+                compressed_bytes = written.nbytes
+        return Compressed(Path(destination), model.nbytes, compressed_bytes, report, left_out)
+
+
+def decompress(source: str | Path, destination: str | Path, *, force: bool = False) -> Path:
+    """Make the standard directory of a compressed model: the same weights, bit for bit, for programs without hf_padam.
+
+    Args:
+        source: A directory that `compress` made, or the id of one on the Hub.
+        destination: The directory to make.
+        force: Replace a model's directory that is there.
+
+    Returns:
+        The destination.
+
+    Raises:
+        CompressionError: If the source is not compressed, or anything in it has been altered.
+        FileExistsError: If there is something at the destination.
+        WriteError: If it could not be written.
+    """
+    with ModelDirectory.find(source) as model:
+        if not model.compressed:
+            raise CompressionError(f"{source} is not compressed: its weights are dense already")
+        model.check()
+        with _new_directory(model.path, destination, force) as staging:
+            _copy_others(model.path, staging)
+            for file in _progress(model.files, "Decompressing"):
+                _decompress_file(model, file, staging / file.path.name)
+            for name in (CONFIG, INDEX):
+                text = model.files[0].metadata.get(_SOURCE + name)
+                if text is not None:
+                    (staging / name).write_bytes(text.encode())
+            remove_sparsity(staging / CARD)
+    return Path(destination)
+
+
+def save_compressed(
+    model: PreTrainedModel,
+    directory: str | Path,
+    *,
+    force: bool = False,
+    push_to_hub: str | None = None,
+    **save_options: Any,
+) -> Compressed:
+    """Save a model, compressed. The disk holds the dense files beside it for a while; memory never does.
+
+    Args:
+        model: A Transformers model. Its weights are saved as they are, in their dtype.
+        directory: The directory to make. `AutoModelForCausalLM.from_pretrained(directory)` loads it where hf_padam is
+            imported. As with `save_pretrained`, the tokenizer is saved apart: afterwards, into the same directory.
+        force: Replace a model's directory that is there, a tokenizer in it too; not one that holds checkpoints or
+            other directories.
+        push_to_hub: Also upload it, to the repository of this id, which is created if it does not exist.
+        save_options: For `save_pretrained`, e.g. `max_shard_size`.
+
+    Raises:
+        FileExistsError: If there is something at the destination.
+        WriteError: If it could not be written.
+    """
+    with _new_directory(None, directory, force) as staging:
+        dense, packed = staging / "dense", staging / "packed"
+        model.save_pretrained(dense, **save_options)
+        result = compress(dense, packed)
+        shutil.rmtree(dense)
+        for file in packed.iterdir():
+            file.rename(staging / file.name)
+        packed.rmdir()
+    if push_to_hub is not None:
+        upload(directory, push_to_hub)
+    return replace(result, directory=Path(directory))
+
+
+def upload(directory: str | Path, repository: str) -> None:
+    """Upload a compressed directory to the Hugging Face Hub, after checking that it is intact.
+
+    Args:
+        directory: Made by `compress` or `save_compressed`.
+        repository: The repository's id; created if it does not exist.
+    """
+    from huggingface_hub import HfApi
+
+    with ModelDirectory(directory) as model:
+        model.check()
+    api = HfApi()
+    repository = api.create_repo(repository, exist_ok=True).repo_id
+    # Dense weights of an earlier upload would be loaded in place of the compressed ones.
+    api.upload_folder(
+        repo_id=repository,
+        folder_path=str(directory),
+        delete_patterns=["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*"],
+        commit_message="Upload compressed model",
+    )
+
+
+def _new_directory(source: Path | None, destination: str | Path, force: bool) -> Any:
+    """Open `staged_new_directory`, making sure that `force` deletes neither the source nor what is no model."""
+    destination = Path(destination)
+    if source is not None and source.resolve().is_relative_to(destination.resolve()):
+        raise FileExistsError(f"{destination} holds the model to read: name another directory")
+    if destination.exists() and any(destination.iterdir() if destination.is_dir() else "x"):
+        if not force:
+            raise FileExistsError(
+                f"{destination} exists already: name another directory, or replace it with --force (force=True)"
+            )
+        if not (destination / CONFIG).is_file():
+            raise FileExistsError(f"{destination} is not a model's directory (no {CONFIG}), so --force spares it")
+        others = sorted(p.name for p in destination.iterdir() if p.is_dir() and p.name not in _COPIED_DIRECTORIES)
+        if others:
+            held = ", ".join(f"{name}/" for name in others)
+            raise FileExistsError(
+                f"{destination} holds {held} beside a model, so --force spares it: name another directory, or move "
+                "that away"
+            )
+    return staged_new_directory(destination, replace=force)
+
+
+def _copy_others(source: Path, destination: Path) -> list[str]:
+    """Copy tokenizer, generation config and the like; return the names of what is left out."""
+    left_out = []
+    for path in sorted(source.iterdir()):
+        if path.name in (CONFIG, INDEX) or path.name.startswith("."):
+            continue
+        if path.is_dir() and path.name in _COPIED_DIRECTORIES:
+            shutil.copytree(path, destination / path.name)
+        elif path.is_file() and (path.name in _ADAPTERS or not path.name.endswith(_NOT_COPIED)):
+            shutil.copyfile(path, destination / path.name)
+        else:
+            left_out.append(path.name + "/" * path.is_dir())
+    with ModelDirectory(source) as model:
+        return [name for name in left_out if name not in {file.path.name for file in model.files}]
+
+
+def _compress_weights(model: ModelDirectory, directory: Path) -> None:
+    config = dict(model.config)
+    dtypes = [stored.info.dtype for stored in model.stored]
+    if "dtype" not in config and "torch_dtype" not in config:  # Transformers would look for it in the dense weights
+        names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+        config["dtype"] = next((names[dtype] for dtype in dtypes if dtype in names), "float32")
+    config["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+    _write_json(directory / CONFIG, config)
+    companions = {CONFIG: checksum((directory / CONFIG).read_bytes()), INDEX: checksum(b"")}
+    writers: list[TensorWriter] = []
+    total = 0
+    try:
+        with tqdm(total=model.nbytes, desc="Compressing", unit="B", unit_scale=True, disable=None) as bar:
+            for file in model.files:
+                bounds = [_as_bytes(stored.info, stored.info.max_packed_bytes()) for stored in file.tensors]
+                metadata = {"format": "pt", VERSION_KEY: str(FORMAT_VERSION), **companions}
+                metadata[f"{_SOURCE}metadata"] = json.dumps(file.metadata)
+                if not writers:
+                    metadata |= model.texts(_SOURCE)
+                writers.append(TensorWriter(directory / file.path.name, bounds, metadata, checksum=True))
+                total += _pack_file(file, writers[-1], bar)
+        if model.index:
+            _write_json(directory / INDEX, model.index | {"metadata": {"total_size": total}})
+            companions[INDEX] = checksum((directory / INDEX).read_bytes())
+        for writer in writers:
+            writer.finish(**companions)
+    finally:
+        for writer in writers:
+            writer.close()
+
+
+def _pack_file(file: TensorFile, writer: TensorWriter, bar: tqdm) -> int:
+    """Pack every tensor of a file, chunk by chunk, in parallel across tensors too. Returns the packed size."""
+
+    def pack(stored: StoredTensor, offset: int, size: int) -> bytes:
+        return pack_chunk(stored.info, stored.read(offset, size))
+
+    jobs = ((stored, offset, size) for stored in file.tensors for offset, size in stored.info.chunks)
+    packed = in_order(pack, jobs)
+
+    def pieces(info: TensorInfo) -> Iterator[bytes]:
+        head = pack_head(info)
+        yield head
+        previous = head[-8:]
+        for _, size in info.chunks:
+            record = next(packed)
+            previous = chain(record, previous)
+            yield record
+            yield previous
+            bar.update(size)
+
+    return sum(writer.add(_as_bytes(stored.info, 0), pieces(stored.info)) for stored in file.tensors)
+
+
+def _decompress_file(model: ModelDirectory, file: TensorFile, path: Path) -> None:
+    heads = [model.info(stored) for stored in file.tensors]
+    writer = TensorWriter(path, heads, json.loads(file.metadata[f"{_SOURCE}metadata"]), checksum=False)
+    try:
+        for stored, info in zip(file.tensors, heads, strict=True):
+            packed = memoryview(stored.read())
+            start = unpack_head(packed, stored.where)[1]
+            jobs = (
+                (info, record, size)
+                for record, (_, size) in zip(records(info, packed, start), info.chunks, strict=True)
+            )
+            writer.add(info, (words.tobytes() for words in in_order(unpack_chunk, jobs)))
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def _as_bytes(info: TensorInfo, size: int) -> TensorInfo:
+    return TensorInfo(info.name, "U8", (size,), size)
+
+
+def _weights(directory: Path) -> Iterable[Path]:
+    return directory.glob("*.safetensors")
+
+
+def _progress(files: list[TensorFile], description: str) -> Iterable[TensorFile]:
+    return tqdm(files, desc=description, unit="file", disable=None)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write into a directory that is not in its place yet, in the layout of Transformers."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,239 @@
+"""pWD on any optimizer: the decay of arXiv 2404.10824 around the step of SGD, AdamW, Adafactor, Lion, Muon, ...
+
+The paper derives pWD for adaptive optimizers at large: Adam's direction is exchangeable. What an optimizer makes of a
+weight is shrunk by the factor of the weight before the step. The mathematics is in `update.py`; this file hangs it on
+the hooks that every `torch.optim.Optimizer` has.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..sparsity import local_tensor
+from .hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, check_hyperparameters, check_not_all_zeros
+from .padam import PAdam, unwrap
+from .update import FLUSH_THRESHOLD, Form, Scalars, inverse_factor, prepare
+
+_NOT_OURS: dict[str, Any] = {"betas": (0.0, 0.0), "eps": 1.0, "weight_decay": 0.0}
+"""What `prepare` takes besides, and the decay does not depend on: these are the business of the optimizer."""
+
+_attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def add_pnorm_decay(
+    optimizer: Optimizer,
+    *,
+    p_norm: float = DEFAULT_P_NORM,
+    lambda_p: float = DEFAULT_LAMBDA_P,
+    params: Mapping[str, Tensor] | Iterable[Tensor | tuple[str, Tensor]] | None = None,
+) -> None:
+    """Make every later ``optimizer.step()`` end with pWD, for any torch optimizer whose groups have an `lr`.
+
+    With ``w_t'`` what the optimizer makes of ``w_{t-1}``, its own L2 decay included:
+
+        w_t = w_t' / (1 + lr * lambda_p * |w_{t-1}|^(p_norm - 2))
+
+    and magnitudes below 2^-100 become zero if p_norm < 2, as with `PAdam`. `p_norm` and `lambda_p` become keys of the
+    optimizer's parameter groups: settable per group, changed by schedules, part of `state_dict`. The arithmetic is
+    fp32 (fp64 for fp64 weights), from the result as the optimizer has stored it: bf16 weights are rounded twice.
+
+    A parameter without a gradient is left alone, and so is a step that loss scaling skips. During a step, the weights
+    that decay are held twice; nothing is kept between steps.
+
+    Attach it once the optimizer is built, before schedules are and before a state is loaded, unless nothing changes in
+    the number of groups. torch copies and pickles optimizers without their hooks: attach it to the copy too. An
+    optimizer that keeps a second copy of its weights and writes them over the first undoes the decay.
+
+    Args:
+        optimizer: Any but `PAdam`; if accelerate has wrapped it, the one inside.
+        p_norm: See `PAdam`.
+        lambda_p: See `PAdam`.
+        params: The parameters that decay; with their names, such as ``decayed_parameters(model)``, errors name them.
+            Without it all do, biases, norms and embeddings too. Groups that hold others too are divided in two; others
+            get ``lambda_p=0``.
+
+    Raises:
+        TypeError: If `optimizer` is no torch optimizer.
+        ValueError: If the optimizer has pWD already, or no learning rate (Adafactor's ``relative_step=True``); if a
+            number is out of range, a parameter not one of the optimizer's, not floating-point or all zeros; if a
+            schedule has been built over a group to be divided.
+        RuntimeError: From ``step``, if a gradient is sparse.
+    """
+    inner = unwrap(optimizer)
+    if not isinstance(inner, Optimizer):
+        raise TypeError(
+            f"a p-norm decay cannot be added to {type(inner).__name__}, which is no torch.optim.Optimizer: add it to "
+            "the torch optimizer that it steps, before DeepSpeed or accelerate prepare that"
+        )
+    kind = type(inner).__name__
+    if isinstance(inner, PAdam):
+        raise ValueError(f"{kind} has a p-norm decay of its own: set p_norm and lambda_p of its parameter groups")
+    if inner in _attached:
+        raise ValueError(f"this {kind} has a p-norm decay already: set p_norm and lambda_p of its parameter groups")
+    names: dict[int, str] | None = None
+    if params is not None:
+        items = params.items() if isinstance(params, Mapping) else params
+        pairs = [item if isinstance(item, tuple) else ("", item) for item in items]
+        if not pairs:
+            raise ValueError("params is empty, so nothing would decay: name parameters, or leave params out for all")
+        names = {id(param): name for name, param in pairs}
+        own = {id(param) for group in inner.param_groups for param in group["params"]}
+        foreign = [name or f"one of shape {tuple(param.shape)}" for name, param in pairs if id(param) not in own]
+        if foreign:
+            raise ValueError(
+                f"{len(foreign)} of the {len(pairs)} parameters in params ({foreign[0]}, ...) are not in this {kind}: "
+                "give it the parameters to decay too, and add the decay before they are wrapped or sharded"
+            )
+    divided = [part for group in inner.param_groups for part in _divide(group, names, p_norm, lambda_p)]
+    for group in divided:
+        _check_group(group, kind, names or {})
+    inner.param_groups[:] = divided
+    _PNormDecay(inner, p_norm, lambda_p if params is None else 0.0)
+    _attached.add(inner)
+
+
+def has_pnorm_decay(optimizer: Any) -> bool:
+    """Whether `add_pnorm_decay` has been called for an optimizer, or for the one that accelerate has wrapped."""
+    inner = unwrap(optimizer)
+    return isinstance(inner, Optimizer) and inner in _attached
+
+
+class _PNormDecay:
+    """The hooks of one optimizer, and what they keep during a step."""
+
+    def __init__(self, optimizer: Optimizer, p_norm: float, lambda_p: float) -> None:
+        self._defaults = {"p_norm": p_norm, "lambda_p": lambda_p}  # of groups added later
+        self._groups = len(optimizer.param_groups)
+        self._kept: list[tuple[Tensor, Tensor, Scalars]] = []
+        self._before_loading: list[dict[str, Any]] = []
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+        optimizer.register_load_state_dict_pre_hook(self._remember)
+        optimizer.register_load_state_dict_post_hook(self._complete)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # What an earlier step has left that ended in an error is forgotten. If the step calls the hooked one of its
+        # parent class, the decay is part of that.
+        self._kept = []
+        self._adopt_new_groups(optimizer)
+        found_inf = getattr(optimizer, "found_inf", None)  # GradScaler leaves it to fused optimizers to skip the step
+        if found_inf is not None and bool(found_inf):
+            return
+        closure = _closure(args, kwargs)
+        for group in optimizer.param_groups:
+            scalars = decay_scalars(group)
+            for param in group["params"]:
+                # A closure computes the gradients later.
+                if (_has_gradient(param) or closure and param.requires_grad) and scalars.form is not Form.NONE:
+                    self._kept.append((param, local_tensor(param).clone(), scalars))
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        closure = _closure(args, kwargs)
+        while self._kept:
+            param, before, scalars = self._kept.pop()
+            if not closure or _has_gradient(param):
+                _decay_(local_tensor(param), before, scalars)
+
+    def _adopt_new_groups(self, optimizer: Optimizer) -> None:
+        """Complete and check the groups that were added since the last step."""
+        for group in optimizer.param_groups[self._groups :]:
+            for name, value in self._defaults.items():
+                group.setdefault(name, value)
+            _check_group(group, type(optimizer).__name__, {})
+        self._groups = max(self._groups, len(optimizer.param_groups))  # DeepSpeed shows one group at a time
+
+    def _remember(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        self._adopt_new_groups(optimizer)
+        self._before_loading = [{name: group[name] for name in self._defaults} for group in optimizer.param_groups]
+
+    def _complete(self, optimizer: Optimizer) -> None:
+        """Give groups that were saved without a p-norm decay the values that they had here."""
+        for group, values in zip(optimizer.param_groups, self._before_loading, strict=True):
+            for name, value in values.items():
+                group.setdefault(name, value)
+
+
+def _decay_(weight: Tensor, before: Tensor, scalars: Scalars) -> None:
+    """Shrink a weight by the factor of what it was before the step, in place."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    new = weight.to(dtype) / inverse_factor(before.to(dtype), scalars)
+    if scalars.form.makes_zeros:
+        new = torch.where(new.abs() < FLUSH_THRESHOLD, 0.0, new)
+    weight.copy_(new)
+
+
+def decay_scalars(values: Mapping[str, Any]) -> Scalars:
+    """Check `lr`, `p_norm` and `lambda_p`, of a parameter group for example, and prepare the decay of a step.
+
+    Raises:
+        ValueError: As `check_hyperparameters` does.
+    """
+    check_hyperparameters({name: values[name] for name in ("lr", "p_norm", "lambda_p")} | _NOT_OURS)
+    lr, p_norm, lambda_p = (float(values[name]) for name in ("lr", "p_norm", "lambda_p"))
+    return prepare(1, lr=lr, p_norm=p_norm, lambda_p=lambda_p, **_NOT_OURS)
+
+
+def _divide(
+    group: dict[str, Any], names: dict[int, str] | None, p_norm: float, lambda_p: float
+) -> list[dict[str, Any]]:
+    """Return a group as one or two, of which the first decays if any does. State is kept by parameter, so it stays."""
+    decays = [names is None or id(param) in names for param in group["params"]]
+    kinds = [kind for kind in (True, False) if kind in decays] or [names is None]
+    if len(kinds) == 2 and "initial_lr" in group:
+        raise ValueError(
+            "params divides a parameter group, which a learning-rate schedule counts already: add the decay before "
+            "the schedule is built, or build the optimizer with the parameters that decay in groups of their own"
+        )
+    parts = []
+    for kind in kinds:
+        part = group | {"p_norm": p_norm, "lambda_p": lambda_p if kind else 0.0}
+        for key in ("params", "param_names"):  # aligned lists
+            if key in group:
+                part[key] = [item for item, decay in zip(group[key], decays, strict=True) if decay is kind]
+        parts.append(part)
+    return parts
+
+
+def _check_group(group: dict[str, Any], kind: str, names: dict[int, str]) -> None:
+    """Check a group's hyperparameters, and the tensors that decay."""
+    if group.get("lr") is None:
+        raise ValueError(
+            f"the parameter groups of this {kind} have no learning rate (lr), which the strength of the decay goes "
+            "with: give it one (Transformers' Adafactor: relative_step=False, lr=...)"
+        )
+    decay_scalars(group)
+    if group["lambda_p"] == 0:
+        return
+    own_names = group.get("param_names") or [f"number {i} of its group" for i in range(len(group["params"]))]
+    for own_name, param in zip(own_names, group["params"], strict=True):
+        name = names.get(id(param)) or own_name
+        if not param.is_floating_point():
+            raise ValueError(
+                f"parameter {name} has dtype {param.dtype}; a p-norm decay is for real floating-point tensors only: "
+                "leave it out of params"
+            )
+        if group["p_norm"] < 2 and param.requires_grad:
+            cure = "Leave it out of the decay, for example with params=hf_padam.decayed_parameters(model).items()"
+            check_not_all_zeros(name, param, cure)
+
+
+def _has_gradient(param: Tensor) -> bool:
+    if param.grad is not None and param.grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"a p-norm decay needs dense gradients; one of shape {tuple(param.shape)} is {param.grad.layout}. Set "
+            "sparse=False on the embedding, or leave its weight out of params"
+        )
+    return param.grad is not None
+
+
+def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the closure that ``step`` was called with; `args` begins with the optimizer."""
+    return kwargs.get("closure", args[1] if len(args) > 1 else None)

@@ -1,0 +1,165 @@
+"""The one transcription of `update.py`: the same steps, with the same numbers, for one block of one tensor.
+
+A launch covers many tensors. A table holds the addresses of their data, and each program looks up which tensor, and
+which part of it, is its own. Every element is read once and written once; the arithmetic is fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..update import FLUSH_THRESHOLD, MULTIPLIERS, Form
+
+NONE, HALF, ONE, THREE_HALVES, TWO, BELOW_TWO, ABOVE_TWO = (tl.constexpr(i) for i in range(len(Form)))
+FORM_NUMBER = {form: i for i, form in enumerate(Form)}
+_FLUSH = tl.constexpr(FLUSH_THRESHOLD)
+_SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+_MANTISSA = tl.constexpr(0x007FFFFF)
+_ONE = tl.constexpr(0x3F800000)
+_UPPER_HALF = tl.constexpr(0xFFFF0000)
+_MULTIPLIER1, _MULTIPLIER2, _MULTIPLIER3 = (tl.constexpr(m) for m in MULTIPLIERS)
+
+
+@triton.jit
+def power(x, y, y_upper, y_lower, at_zero):
+    """Return ``x ** y`` for ``x >= 0``, as `fast_power` does: ``2^whole * 2^(rest + y * log2(m))``.
+
+    A plain ``exp2(y * log2(x))`` loses the digits that the size of the exponent takes, a hundredfold error at 1e-30.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    e = ((bits >> 23) - 127).to(tl.float32)
+    m = ((bits & _MANTISSA) | _ONE).to(tl.float32, bitcast=True)
+    product = y_upper * e
+    whole = tl.floor(product + 0.5)
+    rest = (product - whole) + (y_lower * e + y * tl.log2(m))
+    biased = tl.minimum(tl.maximum(whole, -127.0), 128.0).to(tl.int32) + 127
+    scale = (biased << 23).to(tl.float32, bitcast=True)
+    return tl.where(x < _SMALLEST_NORMAL, at_zero, scale * tl.exp2(rest))
+
+
+@triton.jit
+def inverse_factor(weight, shrink, decay, y, y_upper, y_lower, at_zero, FORM: tl.constexpr):
+    """Return ``1 / r(weight)``, see `update.inverse_factor`."""
+    magnitude = tl.abs(weight)
+    if FORM == NONE:
+        result = tl.zeros_like(weight) + shrink
+    elif FORM == HALF:
+        result = shrink + decay / (magnitude * tl.sqrt(magnitude))
+    elif FORM == ONE:
+        result = shrink + decay / magnitude
+    elif FORM == THREE_HALVES:
+        result = shrink + decay / tl.sqrt(magnitude)
+    elif FORM == TWO:
+        result = tl.zeros_like(weight) + (shrink + decay)
+    else:
+        result = shrink + decay * power(magnitude, y, y_upper, y_lower, at_zero)
+    return result
+
+
+@triton.jit
+def random_bits(position, tensor_key, step_key):
+    """Return 32 random bits for each element, see `update.random_bits`."""
+    tensor_key, step_key = tensor_key.to(tl.uint32, bitcast=True), step_key.to(tl.uint32, bitcast=True)
+    x = position.to(tl.uint32) ^ tensor_key
+    x = (x ^ (x >> 16)) * _MULTIPLIER1
+    x = ((x ^ (x >> 15)) + (step_key ^ tensor_key)) * _MULTIPLIER2
+    x = (x ^ (x >> 16)) * _MULTIPLIER3
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def round_stochastically(x, bits):
+    """Round fp32 to a bf16 neighbour, see `update.round_stochastically`."""
+    rounded = ((x.to(tl.uint32, bitcast=True) + bits) & _UPPER_HALF).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)
+
+
+@triton.jit(do_not_specialize=["step_key"])
+def step_kernel(
+    pointers,  # int64 (4 or 5, tensors): addresses of the parameters, gradients, first and second moments, and s
+    lengths,  # int64 (tensors,)
+    block_tensors,  # int32 (blocks,): which tensor a block belongs to
+    block_starts,  # int64 (blocks,): its first element there
+    tensor_keys,  # int32 (tensors,)
+    step_key,  # int32
+    tensors,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    step_size,
+    inverse_root_correction2,
+    eps,
+    shrink,
+    decay,
+    y,
+    y_upper,
+    y_lower,
+    at_zero,
+    s_rate,  # None, which makes it a constant, if there is no s
+    FORM: tl.constexpr,
+    LATE: tl.constexpr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    MOMENT1: tl.constexpr,
+    MOMENT2: tl.constexpr,
+    ROUND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Update one block."""
+    block = tl.program_id(0)
+    tensor = tl.load(block_tensors + block)
+    start = tl.load(block_starts + block)
+    length = tl.load(lengths + tensor)
+    row = pointers + tensor
+    param = tl.load(row).to(tl.pointer_type(PARAM))
+    grad = tl.load(row + tensors).to(tl.pointer_type(GRAD))
+    exp_avg = tl.load(row + 2 * tensors).to(tl.pointer_type(MOMENT1))
+    exp_avg_sq = tl.load(row + 3 * tensors).to(tl.pointer_type(MOMENT2))
+    if ALIGNED:  # lets the compiler move 16 bytes at a time
+        param = tl.multiple_of(param, 16)
+        grad = tl.multiple_of(grad, 16)
+        exp_avg = tl.multiple_of(exp_avg, 16)
+        exp_avg_sq = tl.multiple_of(exp_avg_sq, 16)
+        length = tl.multiple_of(length, 16)
+    at = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
+    inside = at < length
+    weight = tl.load(param + at, mask=inside, other=1.0).to(tl.float32)
+    gradient = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    # 1. Adam's moments. (The other common form, m + (1 - beta1) * (g - m), overflows for huge gradients.)
+    first = beta1 * tl.load(exp_avg + at, mask=inside, other=0.0).to(tl.float32) + one_minus_beta1 * gradient
+    second = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32)
+    second = beta2 * second + one_minus_beta2 * gradient * gradient
+    # 2. Adam's step, bias corrections folded into the scalars.
+    stepped = weight - step_size * (first / (tl.sqrt(second) * inverse_root_correction2 + eps))
+    # 3. pWD: shrink by the factor of the weight before the step; or after it; or of what follows the weight.
+    if s_rate is not None:
+        auxiliary = tl.load(row + 4 * tensors).to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            auxiliary = tl.multiple_of(auxiliary, 16)
+        s = tl.load(auxiliary + at, mask=inside, other=0.0)
+        s = (1 - s_rate) * s + s_rate * power(tl.abs(weight), y, y_upper, y_lower, at_zero)
+        tl.store(auxiliary + at, s, mask=inside)
+        if FORM == NONE:
+            new = stepped / shrink
+        else:
+            new = stepped / (shrink + decay * s)
+    elif LATE:
+        new = stepped / inverse_factor(stepped, shrink, decay, y, y_upper, y_lower, at_zero, FORM)
+    else:
+        new = stepped / inverse_factor(weight, shrink, decay, y, y_upper, y_lower, at_zero, FORM)
+    # 4. What is as good as dead is zero, on every device alike.
+    if FORM == HALF or FORM == ONE or FORM == THREE_HALVES or FORM == BELOW_TWO:
+        new = tl.where(tl.abs(new) < _FLUSH, 0.0, new)
+    # 5. Back into the storage dtype.
+    if ROUND:
+        bits = random_bits(at, tl.load(tensor_keys + tensor), step_key)
+        if PARAM == tl.bfloat16:
+            new = round_stochastically(new, bits & 0xFFFF)
+        if MOMENT2 == tl.bfloat16:
+            second = round_stochastically(second, bits >> 16)
+    tl.store(param + at, new.to(PARAM), mask=inside)
+    tl.store(exp_avg + at, first.to(MOMENT1), mask=inside)
+    tl.store(exp_avg_sq + at, second.to(MOMENT2), mask=inside)

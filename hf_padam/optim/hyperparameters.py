@@ -1,0 +1,85 @@
+"""PAdam's hyperparameters: their defaults, the ranges they must be in, and the tensors that may not decay."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from ..sparsity import count_zeros
+
+DEFAULT_P_NORM = 0.8
+DEFAULT_LAMBDA_P = 0.1
+HYPERPARAMETERS = ("lr", "betas", "eps", "p_norm", "lambda_p", "weight_decay")
+VARIANTS = ("late_decay", "s_rate")
+"""Options of the update that other decays do not have; the rest of what `prepare` takes."""
+
+
+def _starts_at_zero(param: Tensor) -> bool:
+    """Whether all of a parameter, over all shards, is zero. FSDP1's shards and meta tensors cannot be judged."""
+    if param.is_meta or hasattr(param, "_fsdp_flattened"):
+        return False
+    (count,) = count_zeros({"": param})
+    return 0 < count.elements == count.zeros
+
+
+def check_not_all_zeros(name: str, param: Tensor, cure: str) -> None:
+    """Refuse a tensor that p-norm decay with p < 2 would hold at zero.
+
+    Args:
+        name: Of the parameter, for the message.
+        param: The parameter, before training.
+        cure: What the message advises, but for a non-zero start.
+
+    Raises:
+        ValueError: If every element, over all shards, is zero.
+    """
+    if _starts_at_zero(param):
+        raise ValueError(
+            f"parameter {name}, of shape {tuple(param.shape)}, is all zeros. Under a p-norm decay with p < 2 zero is "
+            "absorbing, so it would never train (biases, LoRA's B matrices and zero-initialised heads start like "
+            f"this). {cure}, or give it a non-zero start."
+        )
+
+
+def check_hyperparameters(values: dict[str, Any]) -> None:
+    """Check that each hyperparameter is a number in its range.
+
+    Args:
+        values: Any mapping that holds all of `HYPERPARAMETERS`, a parameter group for example.
+
+    Raises:
+        ValueError: Naming the first that is not, its value and what is allowed.
+    """
+    betas = values["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r} is not allowed: it must be a pair of numbers in [0, 1)")
+    for name, value, low, high, what in (
+        ("lr", values["lr"], 0.0, math.inf, "a finite number of at least 0"),
+        ("betas[0]", betas[0], 0.0, 1.0, "a number in [0, 1)"),
+        ("betas[1]", betas[1], 0.0, 1.0, "a number in [0, 1)"),
+        ("eps", values["eps"], 2.0**-126, math.inf, "a positive number, representable in fp32 (at least 2^-126)"),
+        ("p_norm", values["p_norm"], 2.0**-126, math.inf, "a positive finite number; below 2 it makes zeros"),
+        ("lambda_p", values["lambda_p"], 0.0, math.inf, "a finite number of at least 0"),
+        ("weight_decay", values["weight_decay"], 0.0, math.inf, "a finite number of at least 0"),
+    ):
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+            raise ValueError(f"{name}={value!r} is not allowed: it must be {what}")
+    for name, types, what in (
+        ("bf16_stochastic_round", (bool,), "True or False"),
+        ("rounding_seed", (int,), "an integer"),
+        ("late_decay", (bool,), "True or False"),
+        ("s_rate", (int, float), "a number above 0, at most 1; 1 is the paper's method"),
+    ):
+        if name in values and type(values[name]) not in types:
+            raise ValueError(f"{name}={values[name]!r} is not allowed: it must be {what}")
+        if name == "s_rate" and not 0 < values.get(name, 1) <= 1:
+            raise ValueError(f"{name}={values[name]!r} is not allowed: it must be {what}")
+    if values.get("late_decay") and values["s_rate"] < 1:
+        raise ValueError(
+            f"late_decay=True and s_rate={values['s_rate']} exclude each other: s follows the weight before the step. "
+            "Set one of them only"
+        )

@@ -1,0 +1,301 @@
+"""PAdam, the optimizer of *Decoupled Weight Decay for Any p Norm* (arXiv 2404.10824), as a `torch.optim.Optimizer`.
+
+This file validates, owns the state and hands tensors to a backend; the arithmetic is in `update.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ..sparsity import local_tensor
+from . import backends
+from .hyperparameters import (
+    DEFAULT_LAMBDA_P,
+    DEFAULT_P_NORM,
+    HYPERPARAMETERS,
+    VARIANTS,
+    check_hyperparameters,
+    check_not_all_zeros,
+)
+from .update import Rounding, Scalars, initial_s, prepare, random_key
+
+logger = logging.getLogger(__name__)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_LATER_OPTIONS = ("bf16_stochastic_round", "rounding_seed", *VARIANTS)
+"""Options that groups saved by earlier versions lack."""
+
+
+class PAdam(Optimizer):
+    """Adam with pWD, decoupled weight decay for any p norm (arXiv 2404.10824); not the "Padam" of arXiv 1806.06763.
+
+    (That one is *partially adaptive* Adam, by Chen & Gu.) With ``u_t`` the Adam direction:
+
+        w_t = (w_{t-1} - lr * u_t) / (1 + lr * weight_decay + lr * lambda_p * |w_{t-1}|^(p_norm - 2))
+
+    For ``p_norm < 2`` small weights become exact zeros, and zeros are absorbing: a weight that is exactly zero stays
+    zero. So a sparse model stays sparse with no mask, and a tensor that *starts* at zero can never train, which is
+    refused.
+
+    The code that the paper's authors released multiplies its lambda by p: ``lambda_p`` here is ``p`` times theirs.
+
+    Args:
+        params: Parameters, named parameters, or groups of either. Every hyperparameter can be set per group.
+        lr: Learning rate, at least 0.
+        betas: Decay rates of the two moment estimates, each in [0, 1).
+        eps: Added to the root of the second moment; positive.
+        p_norm: The norm's p, positive. Below 1 small weights die fast and large ones are left alone; 2 is AdamW's.
+        lambda_p: Strength of the p-norm decay, at least 0.
+        weight_decay: Strength of the L2 decay (the paper's lambda_2), at least 0. As in AdamW, up to order lr^2.
+        late_decay: Take the factor from the weight after Adam's step, ``w_{t-1} - lr * u_t``, in place of
+            ``w_{t-1}``. A weight that is exactly zero then leaves zero as soon as it has a gradient, so models end
+            sparse only where gradients are zero, and tensors may start at zero.
+        s_rate: In (0, 1]. Below 1 the power ``|w_{t-1}|^(p_norm - 2)`` gives way to ``s``, which follows it as an
+            exponential moving average: ``s_t = (1 - s_rate) * s_{t-1} + s_rate * |w_{t-1}|^(p_norm - 2)``, from
+            ``s_0 = |w_0|^(p_norm - 2)``. (In the paper `s` is an auxiliary variable that is at its optimum at all
+            times, ``s_rate=1``.) Zero absorbs as ever. Not together with `late_decay`.
+        bf16_stochastic_round: Round bf16 weights and second moments up or down at random, so that the mean is exact.
+            For models whose weights are bf16 (not for autocast): rounding to the nearest loses every change below
+            1/256 of a weight. Other dtypes are not affected.
+        rounding_seed: Of that randomness, which is a function of the seed, the step, the parameter's place in the
+            optimizer, its shard and the element: nothing else needs saving. Give all processes the same.
+        backend: "auto", "eager", "compiled" (CPU) or "triton" (GPU); see `hf_padam.optim.backends`.
+
+    State, created at the first step: ``step`` (a scalar), ``exp_avg`` and ``exp_avg_sq`` (like the parameter, in its
+    dtype; in fp32 for fp16 parameters, whose squared gradients fp16 cannot hold). Loading keeps the saved dtype.
+    Where ``s_rate < 1`` and ``lambda_p > 0``, also ``s``, in fp32 (fp64 for fp64 parameters); it is dropped where
+    either ends, and starts anew.
+
+    Raises:
+        ValueError: If a hyperparameter is out of range, or a decayed tensor is all zeros.
+        RuntimeError: If the backend cannot run where the tensors are; from ``step``, if a gradient is sparse.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        p_norm: float = DEFAULT_P_NORM,
+        lambda_p: float = DEFAULT_LAMBDA_P,
+        weight_decay: float = 0.0,
+        *,
+        late_decay: bool = False,
+        s_rate: float = 1.0,
+        bf16_stochastic_round: bool = False,
+        rounding_seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        """Validate everything and register the parameters; see the class for the arguments."""
+        if backend not in backends.CHOICES:
+            raise ValueError(f"backend={backend!r} is not one of {', '.join(backends.CHOICES)}")
+        self.backend = backend
+        defaults = dict(lr=lr, betas=betas, eps=eps, p_norm=p_norm, lambda_p=lambda_p, weight_decay=weight_decay)
+        defaults |= dict(late_decay=late_decay, s_rate=s_rate)
+        defaults |= dict(bf16_stochastic_round=bf16_stochastic_round, rounding_seed=rounding_seed)
+        check_hyperparameters(defaults)
+        super().__init__(params, defaults)
+        rounded = [p for group in self.param_groups if group["bf16_stochastic_round"] for p in group["params"]]
+        if rounded and not any(p.dtype == torch.bfloat16 for p in rounded):
+            logger.warning("bf16_stochastic_round has no effect: none of the parameters is bf16 (autocast may be).")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep the backend when copied or pickled; torch keeps only state, groups and defaults."""
+        return {**super().__getstate__(), "backend": self.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a state; groups that were saved before an option existed get its default."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name in _LATER_OPTIONS:
+                group.setdefault(name, self.defaults[name])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking its hyperparameters and tensors.
+
+        Raises:
+            ValueError: As the constructor does.
+            RuntimeError: If the backend cannot run where the tensors are.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (ValueError, RuntimeError):
+            del self.param_groups[-1]
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_hyperparameters(group)
+        self._keeps_s(group)
+        absorbing = group["lambda_p"] > 0 and group["p_norm"] < 2 and not group["late_decay"]
+        names = group.get("param_names") or [f"number {i} of its group" for i in range(len(group["params"]))]
+        for name, param in zip(names, group["params"], strict=True):
+            if not param.is_floating_point():
+                raise ValueError(
+                    f"parameter {name} has dtype {param.dtype}; PAdam updates real floating-point tensors only: "
+                    "view complex parameters as real ones with torch.view_as_real, leave others out"
+                )
+            backends.check(self.backend, param.device)
+            if absorbing and param.requires_grad:
+                check_not_all_zeros(
+                    name,
+                    param,
+                    "Put it in a parameter group with lambda_p=0, as hf_padam.get_param_groups(model) does for biases "
+                    "and norms",
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        active = []  # `.grad` is read once: on hundreds of small tensors the look-ups add up
+        places = itertools.count()
+        for group in self.param_groups:
+            triples = [(next(places), param, param.grad) for param in group["params"]]
+            active.append((group, [(place, param, grad) for place, param, grad in triples if grad is not None]))
+        elements: defaultdict[torch.device, int] = defaultdict(int)
+        for group, triples in active:
+            check_hyperparameters(group)
+            for _, param, grad in triples:
+                if grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"PAdam needs dense gradients; one of shape {tuple(param.shape)} is {grad.layout}. "
+                        "Set sparse=False on the embedding, or use torch.optim.SparseAdam for it."
+                    )
+                elements[param.device] += param.numel()
+        selected = {device: backends.select(self.backend, device, count) for device, count in elements.items()}
+        for group, triples in active:
+            hyperparameters = {name: group[name] for name in HYPERPARAMETERS + VARIANTS} | {"lr": float(group["lr"])}
+            for number, tensors, keys in self._buckets(triples, group):
+                rounding = None
+                if group["bf16_stochastic_round"] and torch.bfloat16 in (tensors[0][0].dtype, tensors[3][0].dtype):
+                    rounding = Rounding(random_key(group["rounding_seed"], number), keys)
+                backend = selected[tensors[0][0].device]
+                self._run(backend, tensors, prepare(number, **hyperparameters), rounding)
+        return loss
+
+    def _run(
+        self, backend: ModuleType, tensors: tuple[list[Tensor], ...], scalars: Scalars, rounding: Rounding | None
+    ) -> None:
+        """Step one bucket; a fifth list of tensors, if there is one, is that of `s`."""
+        backend.step(*tensors[:4], scalars, rounding, *tensors[4:])
+
+    def _keeps_s(self, group: dict[str, Any]) -> bool:
+        """Whether a group's parameters have an auxiliary variable of their own."""
+        return group["s_rate"] < 1 and group["lambda_p"] > 0
+
+    def _new_moment(self, param: Tensor, name: str) -> Tensor:
+        """Create the state `name` of a parameter."""
+        dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+    def _new_s(self, param: Tensor, p_norm: float) -> Tensor:
+        """Create the auxiliary variable of a parameter, sharded as it is."""
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        s = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        local_tensor(s).copy_(initial_s(local_tensor(param), p_norm))
+        return s
+
+    def _buckets(
+        self, triples: list[tuple[int, Tensor, Tensor]], group: dict[str, Any]
+    ) -> list[tuple[int, tuple[list[Tensor], ...], list[int]]]:
+        """Count each parameter's step; sort local tensors into aligned lists of one step number, device and dtypes.
+
+        Returns:
+            For each bucket the number of the step, the four or five lists of tensors, and the tensors' random keys.
+        """
+        follows, seed = self._keeps_s(group), group["rounding_seed"]
+        buckets: defaultdict[tuple, tuple[list, ...]] = defaultdict(lambda: ([], [], [], [], [], []))
+        states = [self.state[param] for _, param, _ in triples]
+        for (_, param, _), state in zip(triples, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state.update({name: self._new_moment(param, name) for name in MOMENTS})
+            if not follows:
+                state.pop("s", None)
+            elif "s" not in state:
+                state["s"] = self._new_s(param, group["p_norm"])
+        if triples:
+            torch._foreach_add_([state["step"] for state in states], 1)
+        for (place, param, grad), state in zip(triples, states, strict=True):
+            first, second, s = state["exp_avg"], state["exp_avg_sq"], state.get("s")
+            shard: tuple[int, ...] = ()
+            if isinstance(param, DTensor):
+                shard = _shard(param)
+                if isinstance(grad, DTensor) and grad.placements != param.placements:
+                    # E.g. a replicated weight under sequence parallelism: its gradient is a sum yet to be completed.
+                    grad = grad.redistribute(placements=param.placements)
+                param, grad, first, second = (local_tensor(t) for t in (param, grad, first, second))
+                s = s if s is None else local_tensor(s)
+            dtypes = (param.dtype, grad.dtype, first.dtype, second.dtype, s if s is None else s.dtype)
+            key = (state["step"].item(), param.device, dtypes)
+            random = random_key(seed, place, *shard)
+            for values, value in zip(buckets[key], (random, param, grad, first, second, s)):  # noqa: B905 (six each)
+                values.append(value)
+        return [(int(key[0]), bucket[1 : 6 if follows else 5], bucket[0]) for key, bucket in buckets.items()]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load groups and state, in the dtype they were saved in; torch would cast state to the parameter's dtype."""
+        seen: dict[str, Any] = {}
+
+        def remember(_: Optimizer, incoming: dict[str, Any]) -> None:
+            seen.update(incoming)  # registered last, so it sees what every other hook has made of the dict
+
+        handle = self.register_load_state_dict_pre_hook(remember)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved_ids = [i for group in seen["param_groups"] for i in group["params"]]
+        for saved_id, param in zip(saved_ids, params, strict=True):
+            state = self.state.get(param, {})
+            for name, value in seen["state"].get(saved_id, {}).items():
+                if name in (*MOMENTS, "s"):
+                    if value.dtype != state[name].dtype:
+                        state[name] = value.to(device=param.device, copy=True)
+                    if name in MOMENTS:
+                        state[name] = self._adopt(param, name, state[name])
+                elif name == "step":
+                    state[name] = value.float().cpu().clone()  # on a GPU, reading it would wait for the GPU
+
+    def _adopt(self, param: Tensor, name: str, value: Tensor) -> Tensor:
+        """Return a loaded moment as this optimizer stores it."""
+        if hasattr(local_tensor(value), "codes"):
+            raise ValueError('the loaded state has 8-bit moments: continue with PAdam8bit (optim="padam_8bit")')
+        return value
+
+
+def _shard(param: DTensor) -> tuple[int, ...]:
+    """Return which shard of a parameter this process holds; replicas of one shard get the same answer."""
+    coordinate = param.device_mesh.get_coordinate() or ()
+    return tuple(c for c, p in zip(coordinate, param.placements, strict=False) if not p.is_replicate())
+
+
+def unwrap(optimizer: Any) -> Any:
+    """Return the optimizer that accelerate, known by an attribute of its own, has wrapped; any other as it is."""
+    while hasattr(optimizer, "accelerator_state"):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -1,0 +1,306 @@
+"""Steer lambda_p during training so that a model arrives at a given share of zeros.
+
+For p < 2 a weight that no gradient holds moves at constant speed in ``q = |w|^(2 - p)``: a step takes
+``(2 - p) * lr * lambda_p`` off it, whatever the weight, until it is zero. So the weights that die within the next H
+steps are those with ``q < (2 - p) * H * lr * lambda_p``. Read backwards: the quantile of the magnitudes at the share
+of zeros planned for H steps ahead says which ``lambda_p`` will get there. Where gradients hold weights back, that
+quantile comes to lie at larger weights, and the decay grows until enough of them die. No other constant is needed: the
+learning rate, its schedule, p and the size of the weights all cancel out.
+
+The plan is the cubic ramp of gradual pruning (Zhu & Gupta, arXiv 1710.01878): fast while there are many superfluous
+weights, slow towards the end. What is missing at its end is made up for by zeroing the smallest weights. After it
+lambda_p only keeps zeros at zero, nothing more dies, and the survivors recover.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..sparsity import count_zeros, local_shard
+from .padam import PAdam, unwrap
+from .quantiles import histogram, quantile
+from .schedules import FINAL
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_START, DEFAULT_END = 0.2, 0.75
+"""Of the ramp, as shares of the training. What dies at once dies before the gradient has said whether it is needed."""
+
+SCOPES = ("global", "layer")
+HOLD = 2.0**-100
+"""``lr * lambda_p`` where nothing is to die: so little that it moves no weight, enough for zero to stay absorbing."""
+
+_HORIZON = 0.1
+"""Steps that the decay looks ahead, as a share of the ramp: shorter is closer to the plan, longer is gentler."""
+
+_UPDATES = 200
+"""How many times during the ramp the decay is computed anew, at most."""
+
+_SAMPLE = 2**18
+"""Elements of each tensor that quantiles are estimated from, at most."""
+
+STATE = {
+    "target_step": 0,  # steps taken
+    "target_decay": HOLD,  # lr * lambda_p
+    "target_initial": -1.0,  # share of zeros before the first step, in the pool; -1: not counted yet
+    "target_met": 0.0,  # the target whose ramp is over; 0 before
+    "target_zeroed": 0,  # weights that were zeroed at the end of the ramp, in the pool
+    "target_threshold": 0.0,  # their magnitudes were below this
+}
+"""What is kept in the keys of the steered groups, and where it starts."""
+
+_ATTRIBUTE = "_target_sparsity"
+"""Of an optimizer that is steered: what steers it."""
+
+
+class TargetSparsity:
+    """Attached to a PAdam, sets `lambda_p` before each step so that zeros arrive at a target share.
+
+    It registers itself with the optimizer's step hooks; nothing else has to be called:
+
+        optimizer = PAdam(get_param_groups(model), lr=1e-3)
+        TargetSparsity(optimizer, target=0.7, total_steps=len(loader) * epochs)
+
+    The groups whose `lambda_p` is positive are steered; their `lambda_p` becomes a result. Frozen weights are neither
+    changed nor counted. All state is in keys of these groups, so it is saved and restored with the optimizer's state,
+    and a resumed run goes on exactly.
+
+    Args:
+        optimizer: A `PAdam`.
+        target: Share of exact zeros, in (0, 1), among the weights of the steered groups.
+        total_steps: Optimizer steps that the whole training takes.
+        start: Share of the steps at which the ramp begins.
+        end: Share of the steps at which it has arrived, and the survivors' recovery begins.
+        per_group: Every group arrives at the target by itself, rather than all of them together.
+
+    Raises:
+        ValueError: If an argument is out of range, or nothing can be steered.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        target: float,
+        total_steps: int,
+        *,
+        start: float = DEFAULT_START,
+        end: float = DEFAULT_END,
+        per_group: bool = False,
+    ) -> None:
+        """Check the arguments and attach; see the class."""
+        check_plan(target, start, end)
+        if total_steps < 1:
+            raise ValueError(f"total_steps={total_steps!r} is not allowed: it must be at least 1")
+        self.target, self.per_group = target, per_group
+        self.first = min(math.floor(start * total_steps), total_steps - 1)
+        self.last = max(self.first + 1, round(end * total_steps))  # the ramp arrives after this many steps
+        self.interval = max(1, (self.last - self.first) // _UPDATES)
+        self.optimizer = unwrap(optimizer)
+        if not isinstance(self.optimizer, PAdam):
+            raise ValueError(
+                f"target_sparsity cannot steer {type(self.optimizer).__name__}: it steers PAdam "
+                '(optim="padam" or "padam_8bit"), and not as DeepSpeed wraps it'
+            )
+        steered = self._groups()
+        if not steered:
+            raise ValueError(
+                "target_sparsity has nothing to steer: no parameter group of the optimizer has a positive lambda_p"
+            )
+        for group in steered:
+            check_steerable(group)
+        for pool in self._pools():
+            if pool[0]["target_step"] == 0:
+                self._initial(pool)  # so that a target out of reach is refused now; weights may yet be loaded
+        earlier = steering_of(self.optimizer)
+        if earlier is not None:
+            earlier.detach()
+        setattr(self.optimizer, _ATTRIBUTE, self)
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before),
+            self.optimizer.register_step_post_hook(self._after),
+        ]
+
+    def detach(self) -> None:
+        """Leave the optimizer alone from now on."""
+        for handle in self._handles:
+            handle.remove()
+
+    def finish(self) -> None:
+        """Meet the target now, where training ended before the ramp did because skipped steps do not count."""
+        for pool in self._pools():
+            if pool[0]["target_met"] != self.target:
+                self._zero_the_rest(pool)
+
+    @property
+    def met(self) -> bool:
+        """Whether the ramp is over, and the target with it met: nothing dies any more."""
+        return all(group["target_met"] == self.target for group in self._groups())
+
+    def planned(self, step: int, initial: float = 0.0) -> float:
+        """Return the share of zeros planned after `step` steps, for a model that began with the share `initial`."""
+        x = min(1.0, max(0.0, (step - self.first) / (self.last - self.first)))
+        return initial + (self.target - initial) * (1 - (1 - x) ** 3)
+
+    def state(self) -> dict[str, float]:
+        """Return what training logs show.
+
+        Returns:
+            `lambda_p`, the present one (its mean over groups); `planned_sparsity` and `sparsity`, the share of zeros
+            planned by now and the actual one; once the target is met, `target_zeroed` and `target_threshold`, which
+            are what `zeroed` returns.
+        """
+        groups = self._groups()
+        zeros, elements = _zeros(groups)
+        initial = [max(0.0, pool[0]["target_initial"]) for pool in self._pools()]
+        values: dict[str, float] = {
+            "lambda_p": sum(float(group["lambda_p"]) for group in groups) / len(groups),
+            "planned_sparsity": self.planned(groups[0]["target_step"], sum(initial) / len(initial)),
+            "sparsity": zeros / elements,
+        }
+        if self.met:
+            values["target_zeroed"], values["target_threshold"] = self.zeroed()
+        return values
+
+    def zeroed(self) -> tuple[int, float]:
+        """Return how many weights were zeroed at the end of the ramp, and what all their magnitudes were below."""
+        pools = [pool[0] for pool in self._pools()]
+        return sum(g["target_zeroed"] for g in pools), max(g["target_threshold"] for g in pools)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return the steered groups. Those that were loaded without what is kept in them, or added, are given it."""
+        steered = [g for g in self.optimizer.param_groups if g["lambda_p"] > 0 or "target_step" in g]
+        steered = [group for group in steered if _params([group])]
+        known: dict[str, Any] = next((group for group in steered if "target_step" in group), {})
+        for group in steered:
+            for name, value in STATE.items():
+                group.setdefault(name, value if name == "target_initial" else known.get(name, value))
+        return steered
+
+    def _pools(self) -> list[list[dict[str, Any]]]:
+        groups = self._groups()
+        return [[group] for group in groups] if self.per_group else [groups]
+
+    @torch.no_grad()
+    def _before(self, *_: Any) -> None:
+        for pool in self._pools():
+            step = pool[0]["target_step"]
+            if pool[0]["target_initial"] < 0:
+                initial = self._initial(pool)
+                for group in pool:
+                    group["target_initial"] = initial
+            if self.first <= step < self.last:
+                if (step - self.first) % self.interval == 0:
+                    self._aim(pool, step)
+            else:
+                for group in pool:
+                    group["target_decay"] = HOLD
+            for group in pool:
+                lr = float(group["lr"])
+                group["lambda_p"] = group["target_decay"] / lr if lr > HOLD else 1.0
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        for pool in self._pools():
+            for group in pool:
+                group["target_step"] += 1
+            if pool[0]["target_step"] >= self.last and pool[0]["target_met"] != self.target:
+                self._zero_the_rest(pool)
+
+    def _initial(self, pool: list[dict[str, Any]]) -> float:
+        """Return the share of zeros that the weights begin with."""
+        zeros, elements = _zeros(pool)
+        initial = zeros / elements
+        if initial > self.target:
+            raise ValueError(
+                f"target_sparsity={self.target!r} is less than the share of zeros that the weights begin with, "
+                f"{initial:.4f}, and zeros do not come back: ask for more"
+            )
+        return initial
+
+    def _aim(self, pool: list[dict[str, Any]], step: int) -> None:
+        """Choose the decay under which the share planned for the horizon would be dead by then."""
+        zeros, elements = _zeros(pool)
+        horizon = max(self.interval, min(math.ceil(_HORIZON * (self.last - self.first)), self.last - step))
+        ahead = self.planned(step + horizon, pool[0]["target_initial"])
+        if zeros >= ahead * elements:
+            for group in pool:
+                group["target_decay"] = HOLD
+            return
+        magnitude = quantile(histogram(_params(pool), sample=_SAMPLE), ahead)
+        for group in pool:
+            exponent = 2 - group["p_norm"]
+            group["target_decay"] = max(HOLD, magnitude**exponent / (exponent * horizon))
+
+    @torch.no_grad()
+    def _zero_the_rest(self, pool: list[dict[str, Any]]) -> None:
+        """Zero the smallest weights until the target is met: what the decay did not get to."""
+        zeros, elements = _zeros(pool)
+        threshold = 0.0
+        if zeros < self.target * elements:
+            threshold = quantile(histogram(_params(pool)), self.target)
+            for param in _params(pool):
+                local = local_shard(param)[0]
+                local.masked_fill_(local.abs() < threshold, 0.0)
+        number = _zeros(pool)[0] - zeros
+        for group in pool:
+            group |= {"target_met": self.target, "target_zeroed": number, "target_threshold": threshold}
+        logger.info(
+            "Target sparsity: %d weights smaller than %.3g were zeroed at step %d.", number, threshold, self.last
+        )
+
+
+def steering_of(optimizer: Any) -> TargetSparsity | None:
+    """Return what steers an optimizer, or the one that accelerate has wrapped."""
+    return getattr(unwrap(optimizer), _ATTRIBUTE, None)
+
+
+def check_steerable(group: Mapping[str, Any]) -> None:
+    """Check that zeros can be made with a parameter group's options, and that they stay.
+
+    Raises:
+        ValueError: If not.
+    """
+    if FINAL in group:
+        raise ValueError("target_sparsity and a p-schedule exclude each other: the path is planned for one p")
+    for option, plain in (("late_decay", False), ("s_rate", 1.0), ("p_norm_schedule", "constant")):
+        if group.get(option, plain) != plain:
+            raise ValueError(
+                f"target_sparsity and {option}={group[option]!r} exclude each other: the path to the target is "
+                "planned for the plain decay. Drop one of them"
+            )
+    if group["p_norm"] >= 2:
+        raise ValueError(f"p_norm={group['p_norm']} makes no zeros, so no target_sparsity can be reached: take p < 2")
+
+
+def check_plan(target: float, start: float, end: float) -> None:
+    """Check the numbers of a plan.
+
+    Raises:
+        ValueError: Naming the one that is out of range.
+    """
+    if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < 1:
+        raise ValueError(
+            f"target_sparsity={target!r} is not allowed: it must be a share of zeros, above 0 and below 1"
+        )
+    if not 0 <= start < end <= 1:
+        raise ValueError(
+            f"target_start={start!r} and target_end={end!r} are not allowed: they are shares of the training steps, "
+            "0 <= start < end <= 1"
+        )
+
+
+def _params(pool: list[dict[str, Any]]) -> list[Tensor]:
+    return [param for group in pool for param in group["params"] if param.requires_grad]
+
+
+def _zeros(pool: list[dict[str, Any]]) -> tuple[int, int]:
+    """Count the zeros and the elements of all parameters, over all shards."""
+    counts = count_zeros({str(i): param for i, param in enumerate(_params(pool))})
+    return sum(c.zeros for c in counts), sum(c.elements for c in counts)

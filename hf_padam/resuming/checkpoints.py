@@ -1,0 +1,260 @@
+"""Checkpoints that outlive a kill at any moment: written whole or not at all, judged by what they hold, found again.
+
+A checkpoint is written below `.incomplete`, flushed to the disk, and renamed to its place only then. Those that other
+code wrote in place, the plain Trainer for one, are judged by their files: none missing, none cut short.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from ..files import INCOMPLETE, describe_disk, discard, flush_directory, flush_tree
+
+logger = logging.getLogger(__name__)
+
+TRAINER_STATE = "trainer_state.json"
+"""The file that a Trainer writes last."""
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_NEEDED = {
+    "model weights": (
+        "model*.safetensors", "pytorch_model*", "adapter_model*", "*/adapter_model*", "global_step*"
+    ),
+    "optimizer": ("optimizer*", "latest"),  # DeepSpeed writes `latest` after its optimizer's files
+    "schedule": ("scheduler*", "latest"),
+    "random state": ("rng_state*", "random_states*"),
+}  # fmt: skip
+"""What a run needs to go on exactly, and the names that Trainer, accelerate, FSDP, DeepSpeed and PEFT give to it."""
+
+_TORCH_FILE = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|custom_checkpoint|pytorch_model|adapter_model"
+    r"|training_args|\w+_states).*\.(pt|pth|bin|pkl)"
+)
+_SENTINEL = "checkpoint-is-incomplete.txt"  # of transformers' enable_jit_checkpoint
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or written: the message says which, why, and what to do."""
+
+
+def newest_checkpoint(directory: str | Path, state_file: str = TRAINER_STATE) -> Path | None:
+    """Return the newest complete ``checkpoint-N`` of a directory, or None; warn about every one that is passed over.
+
+    Args:
+        directory: A run's output directory; it need not exist.
+        state_file: The file that holds the run's progress; a checkpoint without it is incomplete.
+    """
+    found: Path | None = None
+    for replaced in (Path(directory) / INCOMPLETE).glob("replaced-*"):  # a kill between two renames
+        original = Path(directory) / replaced.name.removeprefix("replaced-")
+        if not original.exists():
+            os.rename(replaced, original)
+    for checkpoint in sorted(_checkpoints(Path(directory)), key=_step, reverse=True):
+        defect = find_defect(checkpoint, state_file)
+        if defect is None:
+            found = checkpoint
+            break
+        logger.warning("%s is incomplete and passed over: %s. It is left as it is.", checkpoint, defect)
+    for leftover in sorted((Path(directory) / INCOMPLETE).glob("*")):
+        logger.warning("%s is what an interrupted save left; it is passed over, the next save clears it.", leftover)
+    return found
+
+
+def check_checkpoint(checkpoint: str | Path, state_file: str = TRAINER_STATE) -> Path:
+    """Return the path of a checkpoint that was asked for by name.
+
+    Raises:
+        CheckpointError: If it is not a complete checkpoint.
+    """
+    checkpoint = Path(checkpoint)
+    defect = find_defect(checkpoint, state_file) if checkpoint.is_dir() else "there is no such directory"
+    if defect is not None:
+        raise CheckpointError(
+            f"{checkpoint} is not a complete checkpoint: {defect}. Name another, or give `true` for the newest "
+            "complete one in the output directory"
+        )
+    return checkpoint
+
+
+def resolve_checkpoint(
+    choice: str | bool | None, directory: str | Path, state_file: str = TRAINER_STATE
+) -> Path | None:
+    """Return the checkpoint that a run goes on from, the same on every process; None to start from the beginning.
+
+    Args:
+        choice: A checkpoint's path; True for the newest complete one, if there is one; None or False for none.
+        directory: Where the newest is looked for.
+        state_file: As for `newest_checkpoint`.
+
+    Raises:
+        CheckpointError: If the named checkpoint is not complete.
+    """
+    if isinstance(choice, str) and choice.lower() in ("true", "false"):  # from a command line
+        choice = choice.lower() == "true"
+    if choice and choice is not True:
+        return check_checkpoint(choice, state_file)
+    found: list[Path | None] = [None]
+    if choice and PartialState().is_main_process:
+        found = [newest_checkpoint(directory, state_file)]
+        if found == [None]:
+            logger.warning("%s has no complete checkpoint: training starts from the beginning.", directory)
+    elif not choice and PartialState().is_main_process and _checkpoints(Path(directory)):
+        newest = max(_checkpoints(Path(directory)), key=_step)
+        logger.warning(
+            "%s is of an earlier run, and would be taken for this one's when it is resumed: remove it, or give "
+            "another output directory.",
+            newest,
+        )
+    return broadcast_object_list(found)[0] if choice else None
+
+
+def find_defect(checkpoint: Path, state_file: str = TRAINER_STATE, checksums: bool = True) -> str | None:
+    """Say what keeps a run from going on from a checkpoint, naming the file; None if nothing does.
+
+    Args:
+        checkpoint: Its directory.
+        state_file: As for `newest_checkpoint`.
+        checksums: Whether to check, besides the lengths of torch's and safetensors' files, torch's checksums too,
+            which reads all of them.
+    """
+    if (checkpoint / _SENTINEL).exists():
+        return f"it holds {_SENTINEL}"
+    for what, patterns in {"state of the run": (state_file,), **_NEEDED}.items():
+        if not any(file for pattern in patterns for file in checkpoint.glob(pattern)):
+            return f"it has no {what} ({patterns[0]})"
+    for file in sorted(checkpoint.rglob("*")):
+        try:
+            defect = None if file.is_dir() else _file_defect(file, checksums)
+        except Exception as error:  # of a damaged file, parsers complain in every way
+            defect = f"cannot be read ({error})"
+        if defect is not None:
+            return f"{file.relative_to(checkpoint)} {defect}"
+    return None
+
+
+def _file_defect(file: Path, checksums: bool) -> str | None:
+    if file.suffix == ".safetensors":
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            header = json.loads(stream.read(min(size, int.from_bytes(stream.read(8), "little"))))
+            start = stream.tell()
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        expected = start + max(ends, default=0)
+        return None if size == expected else f"has {size:,} bytes where its header says {expected:,}"
+    if file.suffix == ".json":
+        content = json.loads(file.read_text(encoding="utf-8"))
+        shards = set(content["weight_map"].values()) if file.name.endswith(".index.json") else set()
+        missing = sorted(shard for shard in shards if not (file.parent / shard).is_file())
+        return f"names {missing[0]}, which is missing" if missing else None
+    if file.suffix == ".distcp":  # torch.distributed.checkpoint writes .metadata after all shards
+        return None if (file.parent / ".metadata").is_file() else "has no .metadata beside it"
+    if _TORCH_FILE.fullmatch(file.name):
+        with open(file, "rb") as stream:
+            if stream.read(1) == b"\x80":  # torch.save's format without an archive, which has no checksums
+                return None
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip() if checksums else None
+        return f"is damaged: the checksum of {damaged} is wrong" if damaged else None
+    return None
+
+
+@contextmanager
+def loading(checkpoint: str | Path) -> Iterator[None]:
+    """Say, where a model's weights are loaded from a checkpoint, that they are of another model if they are.
+
+    Raises:
+        CheckpointError: In place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "state_dict" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{checkpoint} is of another model: {error}\nGive the model that the run began with, or start a new run "
+            "in another directory"
+        ) from error
+
+
+@contextmanager
+def staged_checkpoint(checkpoint: str | Path) -> Iterator[Path]:
+    """Yield the directory to write a checkpoint into; when the block is left, flush it and rename it to `checkpoint`.
+
+    Every process enters and leaves together, each having written its part. A checkpoint that is there already is
+    replaced.
+
+    Raises:
+        CheckpointError: If it could not be written, for want of space for example. What there was is untouched.
+    """
+    checkpoint = Path(checkpoint)
+    staging = checkpoint.parent / INCOMPLETE / checkpoint.name
+    processes = PartialState()
+    if processes.is_local_main_process:
+        discard(staging.parent)
+    processes.wait_for_everyone()
+    try:
+        yield staging
+        processes.wait_for_everyone()
+        with processes.main_process_first():  # then the nodes that share no file system with the main process
+            if processes.is_local_main_process and staging.is_dir():
+                _publish(staging, checkpoint)
+    except Exception as error:
+        message = (
+            f"{checkpoint} could not be saved: {error}. {describe_disk(checkpoint.parent)}. Earlier checkpoints are "
+            "untouched: make room or mend the disk, then resume from the newest with --resume_from_checkpoint true"
+        )
+        if processes.is_local_main_process:
+            discard(staging.parent)
+        raise CheckpointError(message) from error
+
+
+def _publish(staging: Path, checkpoint: Path) -> None:
+    flush_tree(staging)
+    if checkpoint.exists():
+        logger.warning("%s is replaced by a new one of the same step.", checkpoint)
+        os.rename(checkpoint, staging.with_name(f"replaced-{checkpoint.name}"))
+    os.rename(staging, checkpoint)
+    flush_directory(checkpoint.parent)
+    discard(staging.parent)
+
+
+def rotate_checkpoints(
+    newest: Path, limit: int | None, best: str | Path | None = None, state_file: str = TRAINER_STATE
+) -> None:
+    """Delete the oldest checkpoints beside `newest` beyond `limit`. Half-written ones neither count nor are deleted.
+
+    Args:
+        newest: The checkpoint just written, which is kept.
+        limit: How many to keep, `newest` and `best` included; None or 0 for all.
+        best: Another one to keep.
+        state_file: As for `newest_checkpoint`.
+    """
+    kept = {path.resolve() for path in (newest, Path(best or newest))}
+    others = [c for c in _checkpoints(newest.parent) if c.resolve() not in kept]
+    others = [c for c in others if find_defect(c, state_file, checksums=False) is None]
+    others.sort(key=lambda c: (int(c.stat().st_mtime), _step(c)))  # by time: steps of an earlier run may be higher
+    surplus = len(others) + len(kept) - limit if limit else 0
+    for checkpoint in others[: max(surplus, 0)]:
+        # Renamed first: a kill while deleting must not leave half of it under its name.
+        trash = newest.parent / INCOMPLETE
+        trash.mkdir(exist_ok=True)
+        os.rename(checkpoint, trash / checkpoint.name)
+        discard(trash)
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

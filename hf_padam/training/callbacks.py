@@ -1,0 +1,132 @@
+"""The callbacks that move p and steer to a target sparsity in any Trainer, once the number of steps is known."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..optim.schedules import DEFAULT_SHARE, check_schedule, set_p_norm
+from ..optim.schedules import DEFAULT_START as DEFAULT_SCHEDULE_START
+from ..optim.target_sparsity import DEFAULT_END, DEFAULT_START, TargetSparsity, check_plan, steering_of
+
+logger = logging.getLogger(__name__)
+
+
+class TargetSparsityCallback(TrainerCallback):
+    """Steer a Trainer's PAdam to a share of zeros; see `TargetSparsity`.
+
+    Not needed where the training arguments ask for it (``target_sparsity``, also in `optim_args`). What
+    `TargetSparsity.state` returns is added to the training logs. A model from before the target is met is never the
+    best one, whatever `metric_for_best_model` says of it, and does not stop a run early.
+
+    Args:
+        target: Share of exact zeros among the decayed weights, in (0, 1).
+        start: See `TargetSparsity`.
+        end: See `TargetSparsity`.
+        per_group: See `TargetSparsity`.
+    """
+
+    def __init__(
+        self, target: float, start: float = DEFAULT_START, end: float = DEFAULT_END, per_group: bool = False
+    ) -> None:
+        check_plan(target, start, end)
+        self._plan: dict[str, Any] = {"target": target, "start": start, "end": end, "per_group": per_group}
+        self._steering: TargetSparsity | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the optimizer, now that the number of steps is known."""
+        self._steering = TargetSparsity(kwargs["optimizer"], total_steps=state.max_steps, **self._plan)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the best model so far while weights are still to die."""
+        if self._steering is not None and not self._steering.met:
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Meet the target if the ramp was to end with the training, and loss scaling has skipped steps of it."""
+        if self._steering is None:
+            return
+        if state.global_step >= state.max_steps:
+            self._steering.finish()
+        if not self._steering.met:
+            logger.warning(
+                "Training ended before target_sparsity=%s was met: %.2f %% of the decayed weights are zero.",
+                self._steering.target,
+                100 * self._steering.state()["sparsity"],
+            )
+
+
+class CallbackFromGroups(TargetSparsityCallback):
+    """The callback as every Trainer has it: it acts if the optimizer's groups hold a `target_sparsity`.
+
+    It also writes the logs of every steered optimizer, for it comes before the callbacks that report them.
+    """
+
+    def __init__(self) -> None:
+        self._steering = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach if the groups say so."""
+        groups = getattr(kwargs.get("optimizer"), "param_groups", [])
+        plans = [group for group in groups if group.get("target_sparsity") is not None]
+        self._steering = None
+        if plans:
+            self._plan = {
+                "target": plans[0]["target_sparsity"],
+                "start": plans[0]["target_start"],
+                "end": plans[0]["target_end"],
+                "per_group": plans[0]["target_scope"] == "layer",
+            }
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add to the training logs, for what logs them after this and for the history."""
+        steering = steering_of(kwargs.get("optimizer"))
+        if steering is not None and "loss" in kwargs["logs"]:
+            additions = steering.state()
+            kwargs["logs"].update(additions)
+            state.log_history[-1].update(additions)
+
+
+class PNormScheduleCallback(TrainerCallback):
+    """Move p during a `Trainer`'s training; `PAdamTrainer` has it built in, as ``p_norm_schedule="linear"``.
+
+    Groups and errors are as for `PNormScheduler`. The p of a step depends on `state.global_step` and
+    `state.max_steps`: accumulated batches share it, and steps that loss scaling leaves out count.
+
+    Args:
+        start: p of the first step.
+        share: Of the steps, over which p moves.
+        shape: "linear", "cosine" or "constant" (see `p_norm_at`).
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    def __init__(
+        self, start: float = DEFAULT_SCHEDULE_START, share: float = DEFAULT_SHARE, shape: str = "linear"
+    ) -> None:
+        """Check the settings."""
+        check_schedule(start, share, shape)
+        self._settings = (start, share, shape)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Set p for the step."""
+        set_p_norm(optimizer.param_groups, state.global_step, state.max_steps, *self._settings)

@@ -1,0 +1,118 @@
+"""What training arguments say about a p-norm decay on an optimizer that is not PAdam."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from ..optim.any_optimizer import add_pnorm_decay, decay_scalars, has_pnorm_decay
+from ..optim.hyperparameters import DEFAULT_P_NORM
+from ..optim.schedules import FINAL
+from .param_groups import get_param_groups
+from .registration import OPTIMIZERS, OPTIONS
+
+_PADAM_ONLY = (
+    "late_decay",
+    "s_rate",
+    "bf16_stochastic_round",
+    "backend",
+    "target_start",
+    "target_end",
+    "target_scope",
+)
+
+
+def asks_for_decay(args: TrainingArguments) -> bool:
+    """Whether `lambda_p` is given, and `optim` is not PAdam, which decays by itself."""
+    return getattr(args, "lambda_p", None) is not None and OptimizerNames(args.optim).value not in OPTIMIZERS
+
+
+def check_decay_options(args: Any) -> None:
+    """Check the options of the p-norm decay beside an optimizer that is not PAdam.
+
+    Args:
+        args: A `PAdamTrainingArguments`.
+
+    Raises:
+        ValueError: If they are out of range, would have no effect, or do not go with the optimizer.
+    """
+    name = OptimizerNames(args.optim).value
+    for key in _PADAM_ONLY:
+        if getattr(args, key) != OPTIONS[key].default:
+            raise ValueError(f"{key}={getattr(args, key)!r} is an option of padam and has no effect on optim={name!r}")
+    if args.target_sparsity is not None:
+        raise ValueError(
+            f'target_sparsity={args.target_sparsity!r} does not go with optim={name!r}: take optim="padam", or give '
+            "lambda_p"
+        )
+    for key in ("p_norm", "lambda_p"):
+        if re.search(rf"\b{key}\s*=", args.optim_args or ""):
+            raise ValueError(
+                f"optim_args={args.optim_args!r}: {key} is an option of padam, not of {name}. To add a p-norm decay "
+                f"to {name}, give lambda_p and p_norm as options of their own (--lambda_p, --p_norm)"
+            )
+    if args.lambda_p is None:
+        for key, plain in (("p_norm", DEFAULT_P_NORM), ("p_norm_schedule", "constant")):
+            if getattr(args, key) != plain:
+                raise ValueError(
+                    f"{key}={getattr(args, key)!r} has no effect on optim={name!r} without lambda_p, the strength of "
+                    f"the decay: give lambda_p too, or drop {key}"
+                )
+        return
+    decay_scalars({"lr": args.learning_rate, "p_norm": args.p_norm, "lambda_p": args.lambda_p})
+    why = None
+    if name in ("lomo", "adalomo") or name.endswith("_layerwise"):
+        why = "it updates each layer during the backward pass, not in a step that a decay could follow"
+    elif name.startswith("schedule_free"):
+        why = "the weights that it saves are averages over the steps, in which zeros would not stay zeros"
+    if why:
+        raise ValueError(f"lambda_p={args.lambda_p!r} does not go with optim={name!r}: {why}. Choose another optim")
+
+
+def check_deepspeed(config: dict[str, Any]) -> None:
+    """Check that DeepSpeed takes the optimizer that the decay is added to.
+
+    Args:
+        config: DeepSpeed's configuration.
+
+    Raises:
+        ValueError: If it makes one of its own.
+    """
+    if "optimizer" in config:
+        key = "an optimizer section"
+    else:
+        offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+        if offload.get("device", "none") == "none" or not config.get("zero_force_ds_cpu_optimizer", True):
+            return
+        key = "offload_optimizer, for which accelerate replaces the optimizer (see zero_force_ds_cpu_optimizer)"
+    raise ValueError(
+        f"lambda_p has no way into DeepSpeed's own optimizer: its configuration has {key}. Remove that, or train with "
+        'FSDP2 or optim="padam"'
+    )
+
+
+def attach_decay(optimizer: Optimizer, model: nn.Module, args: Any, targets: dict[str, Any]) -> None:
+    """Add the p-norm decay that the arguments ask for, unless the optimizer has one.
+
+    Args:
+        optimizer: The Trainer's.
+        model: Its model.
+        args: A `PAdamTrainingArguments`, for which `asks_for_decay`.
+        targets: `decay_embeddings` and `target_modules` of `get_param_groups`.
+
+    Raises:
+        ValueError: As `add_pnorm_decay` and `get_param_groups` do.
+    """
+    if not has_pnorm_decay(optimizer):
+        decayed = get_param_groups(model, **targets)[0]["params"]
+        moves = args.p_norm_schedule != "constant"
+        p_norm = args.p_norm_start if moves else args.p_norm
+        add_pnorm_decay(optimizer, p_norm=p_norm, lambda_p=args.lambda_p, params=decayed)
+        for group in optimizer.param_groups:
+            if moves and group["lambda_p"] > 0:
+                group[FINAL] = args.p_norm

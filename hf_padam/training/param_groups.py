@@ -1,0 +1,203 @@
+"""Which weights decay: Hugging Face's decay list, minus embeddings and output head, minus PEFT adapters.
+
+This is the convention of the pruning literature for language models. Weights are told apart by name and identity,
+never by their number of dimensions, which sharding changes; a tied weight is one weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import check_target_module_exists
+
+from ..optim.hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM
+from ..optim.schedules import FINAL
+
+
+def decayed_parameters(
+    model: nn.Module,
+    *,
+    decay_embeddings: bool = False,
+    target_modules: str | list[str] | None = None,
+    dense_modules: str | list[str] | None = None,
+) -> dict[str, nn.Parameter]:
+    """Return the trainable weights that the p-norm decay acts on, by name, each tensor once. There may be none.
+
+    Args:
+        model: Any module; a Transformers model for its embeddings to be recognised by role rather than by class.
+        decay_embeddings: Include embeddings and output head.
+        target_modules: Narrow the choice to modules of these names: "all-linear", a regular expression that matches
+            whole module names, or a list of parts of names and regular expressions; the meaning that
+            `TrainingArguments.optim_target_modules` has elsewhere. PEFT adapters are included only if named here.
+        dense_modules: Leave modules of these names out; said in the same way.
+
+    Raises:
+        ValueError: If an entry of `target_modules` or `dense_modules` matches nothing, or is no regular expression; if
+            FSDP1 has merged parameters, so that a weight cannot be told from a bias.
+    """
+    if any(name.rpartition(".")[2] == "_flat_param" for name, _ in model.named_parameters()):
+        raise ValueError(
+            "FSDP1 has merged weights and biases into flat parameters, so they cannot decay apart: set "
+            "fsdp_use_orig_params: true (use_orig_params=True), or use FSDP2, fsdp_version: 2"
+        )
+    targets = _Targets(model, target_modules, "optim_target_modules")
+    dense = _Targets(model, dense_modules, "dense_modules") if dense_modules is not None else None
+    listed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    embeddings = set() if decay_embeddings else {id(p) for p in _embedding_weights(model)}
+    adapters = set() if targets.names_adapters else {id(p) for p in _adapter_weights(model)}
+    return {
+        name: param
+        for name, param in model.named_parameters()
+        if param.requires_grad
+        and name in listed
+        and id(param) not in embeddings
+        and id(param) not in adapters
+        and targets.include(name)
+        and not (dense and dense.include(name))
+    }
+
+
+def get_param_groups(
+    model: nn.Module,
+    *,
+    p_norm: float = DEFAULT_P_NORM,
+    lambda_p: float = DEFAULT_LAMBDA_P,
+    weight_decay: float = 0.0,
+    p_norm_start: float | None = None,
+    late_decay: bool = False,
+    s_rate: float = 1.0,
+    decay_embeddings: bool = False,
+    target_modules: str | list[str] | None = None,
+    dense_modules: str | list[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Return two groups of named parameters for `PAdam`: the decayed weights, and every other trainable parameter.
+
+    Args:
+        model: The model to train.
+        p_norm: See `PAdam`.
+        lambda_p: See `PAdam`; 0 in the second group.
+        weight_decay: See `PAdam`; 0 in the second group.
+        p_norm_start: Where p starts if a schedule is to move it to `p_norm` (see `PNormScheduler`).
+        late_decay: See `PAdam`.
+        s_rate: See `PAdam`.
+        decay_embeddings: See `decayed_parameters`.
+        target_modules: See `decayed_parameters`.
+        dense_modules: See `decayed_parameters`.
+
+    Raises:
+        ValueError: As `decayed_parameters` does, and if nothing is left to decay.
+    """
+    decayed = decayed_parameters(
+        model, decay_embeddings=decay_embeddings, target_modules=target_modules, dense_modules=dense_modules
+    )
+    if not decayed:
+        raise ValueError(_nothing_left(model, target_modules, dense_modules))
+    others = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in decayed]
+    groups: list[dict[str, Any]] = [
+        {"params": list(decayed.items()), "p_norm": p_norm, "lambda_p": lambda_p, "weight_decay": weight_decay}
+    ]
+    if p_norm_start is not None:
+        groups[0] |= {"p_norm": p_norm_start, FINAL: p_norm}
+    if late_decay:
+        groups[0]["late_decay"] = late_decay
+    if s_rate != 1:
+        groups[0]["s_rate"] = s_rate
+    if others:
+        groups.append({"params": others, "p_norm": p_norm, "lambda_p": 0.0, "weight_decay": 0.0})
+    return groups
+
+
+class _Targets:
+    """Names of modules, as an option gives them, resolved against a model."""
+
+    def __init__(self, model: nn.Module, target_modules: str | list[str] | None, option: str) -> None:
+        modules = dict(model.named_modules())
+        self.all_linear = isinstance(target_modules, str) and target_modules.replace("_", "-") == "all-linear"
+        self.names_adapters = False
+        if target_modules is None:
+            self.owners = set(modules)
+        elif self.all_linear:
+            self.owners = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+        else:
+            entries = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+            self.owners = set()
+            for entry in entries:
+                try:
+                    # A lone string is matched whole, entries of a list may also be part of a name.
+                    matcher = entry if isinstance(target_modules, str) else [entry]
+                    matched = {name for name in modules if check_target_module_exists(matcher, name)}
+                except re.error as error:
+                    raise ValueError(f"{option}={entry!r} is not a regular expression: {error}") from None
+                if not matched:
+                    raise ValueError(
+                        f"{option}={entry!r} matches no module of the model; its modules are named like "
+                        f"{', '.join(_examples(modules))}. A list takes parts of names, a string one regular "
+                        'expression for whole names (or "all-linear").'
+                    )
+                self.owners |= matched
+            adapters = {id(p) for p in _adapter_weights(model)}
+            self.names_adapters = any(
+                id(p) in adapters for name in self.owners for p in modules[name].parameters(recurse=False)
+            )
+
+    def include(self, parameter_name: str) -> bool:
+        return parameter_name.rpartition(".")[0] in self.owners
+
+
+def _examples(modules: dict[str, nn.Module]) -> list[str]:
+    """A few names of modules that own parameters, one per last component."""
+    last = {
+        name.rpartition(".")[2]: name for name, module in modules.items() if list(module.parameters(recurse=False))
+    }
+    return list(last.values())[:8]
+
+
+def _embedding_weights(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the weights of embeddings and of the output head; tied ones more than once."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield from module.parameters(recurse=False)
+        for role in ("get_input_embeddings", "get_output_embeddings"):
+            try:
+                embedding = getattr(module, role)()
+            except (AttributeError, NotImplementedError):  # not a Transformers model, or one without that role
+                continue
+            if isinstance(embedding, nn.Module):
+                yield from embedding.parameters()
+
+
+def _adapter_weights(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the weights that PEFT added: those held under a tuner layer's `adapter_layer_names`."""
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            held = getattr(module, name, None)
+            if isinstance(held, nn.Module):
+                yield from held.parameters()
+
+
+def _nothing_left(
+    model: nn.Module, target_modules: str | list[str] | None, dense_modules: str | list[str] | None
+) -> str:
+    """Explain why no weight is left to decay, and what to do."""
+    trainable = [name for name, param in model.named_parameters() if param.requires_grad]
+    if not trainable:
+        return "the model has no trainable parameter: every requires_grad is False"
+    message = f"no weight is left to decay among the {len(trainable)} trainable parameters ({trainable[0]}, ...): "
+    if dense_modules is not None:
+        return message + f"dense_modules={dense_modules!r} leaves out all others. Name fewer"
+    if target_modules is not None:
+        return message + (
+            f"optim_target_modules={target_modules!r} matches only frozen weights, biases, norms, embeddings "
+            "or adapters. Name modules with trainable weight matrices, or set decay_embeddings=true"
+        )
+    if any(True for _ in _adapter_weights(model)):
+        return message + (
+            "PEFT adapters are left out, and the base model is frozen. A sparse base model needs full fine-tuning; to "
+            'make the adapters sparse, name them in optim_target_modules (target_modules here), e.g. ["lora_A"]'
+        )
+    return message + "they are biases, norms, embeddings or the head. Unfreeze weights, or set decay_embeddings=true"

@@ -1,0 +1,121 @@
+"""The Triton backend on CPU, through Triton's interpreter, which must be chosen before Triton is imported."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from hf_padam.optim.backends import triton
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="runs where Triton is installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside the test below, under TRITON_INTERPRET=1")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="it would start itself")
+@pytest.mark.parametrize(
+    "what",
+    [
+        ["tests/optim/test_update.py", "tests/optim/test_stochastic_rounding.py", "-k", "triton"],
+        ["tests/optim/test_triton.py"],
+    ],
+    ids=["parity", "launch"],
+)
+def test_under_the_interpreter(what):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=-m 'not slow'", *what]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="without TRITON_INTERPRET=1")
+def test_a_cpu_is_refused_with_the_reason():
+    assert "TRITON_INTERPRET" in triton.unavailable(torch.device("cpu"))
+
+
+def both(layout, dtypes, p_norm, steps=2, **variant):
+    """Step the same tensors with Triton and eagerly; return both lists of lists, the fifth of `s` if there is any."""
+    from hf_padam.optim.backends import eager
+    from hf_padam.optim.update import initial_s, prepare
+
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    raw = [[torch.randn(8192, generator=generator) / 10 for _ in range(3)] for _ in range(4)]
+    for backend in (triton, eager):
+        lists = [[layout(t.to(dtype)) for t in column] for column, dtype in zip(raw, dtypes, strict=True)]
+        for t in lists[3]:
+            t.abs_()
+        if "s_rate" in variant:
+            lists.append([initial_s(t, p_norm) for t in lists[0]])
+        for step in range(1, steps + 1):
+            options = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, p_norm=p_norm, lambda_p=0.1, weight_decay=0.01)
+            backend.step(*lists[:4], prepare(step, **options, **variant), None, *lists[4:])
+            lists[1] = [-g for g in lists[1]]  # the gradients move
+        results.append(lists)
+    return results
+
+
+LAYOUTS = {
+    "several blocks": lambda t: t.clone(),
+    "odd": lambda t: t[:4099].clone(),
+    "one element": lambda t: t[:1].clone().view(()),
+    "empty": lambda t: t[:0].clone(),
+    "transposed": lambda t: t[:1281].clone().view(21, 61).t(),
+    "every second column": lambda t: t.clone().view(-1, 64)[:20, ::2],
+    "misaligned": lambda t: t.clone()[1:1282],
+}
+
+
+@interpreted
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("p_norm", "variant"),
+    [
+        (0.8, {}),
+        (1.0, {}),
+        (3.0, {}),
+        (0.8, {"late_decay": True}),
+        (1.0, {"late_decay": True}),
+        (0.8, {"s_rate": 0.3}),
+    ],
+    ids=str,
+)
+def test_every_layout_gets_the_eager_result(layout, p_norm, variant):
+    ours, theirs = both(LAYOUTS[layout], [torch.float32] * 4, p_norm, **variant)
+    assert len(ours) == len(theirs) == (5 if "s_rate" in variant else 4)
+    for i, tensors in enumerate(zip(ours, theirs, strict=True)):
+        for a, b in zip(*tensors, strict=True):  # s is the power of weights that a step has rounded
+            torch.testing.assert_close(a, b, rtol=1e-5 if i == 4 else 3e-6, atol=1e-8)
+
+
+@interpreted
+@pytest.mark.parametrize("p_norm", [0.5, 0.8, 1.0, 1.5, 2.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("variant", [{}, {"late_decay": True}, {"s_rate": 0.3}], ids=["plain", "late", "s"])
+def test_every_dtype_gets_the_eager_result(dtype, p_norm, variant):
+    moments = torch.float32 if dtype == torch.float16 else dtype
+    # One step, and one unit in the last place: the interpreter (not the GPU) truncates where bf16 should be rounded.
+    ours, theirs = both(LAYOUTS["odd"], [dtype, dtype, moments, moments], p_norm, steps=1, **variant)
+    for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):
+        unit = torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, b, rtol=max(3e-6, 1.01 * unit), atol=1e-8)
+
+
+@interpreted
+def test_tables_are_built_once_per_set_of_tensors():
+    triton._table.cache_clear()
+    both(LAYOUTS["odd"], [torch.float32] * 4, 0.8, steps=3)
+    assert triton._table.cache_info().misses == 1
+
+
+def test_a_table_covers_every_element_once_beyond_2_to_the_31(monkeypatch):
+    monkeypatch.setattr(triton, "_BLOCK", 2**20)
+    table = triton._Table(torch.device("cpu"), *[(16, 32, 48)] * 3, (5, 2**33 + 1, 2**20), (0, 0, 0))
+    assert table.block_tensors.bincount().tolist() == [1, 2**13 + 1, 1]
+    assert table.block_starts[table.block_tensors == 1].tolist() == [i * 2**20 for i in range(2**13 + 1)]
+    assert not table.aligned
