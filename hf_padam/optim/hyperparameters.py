@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from ..sparsity import count_zeros
+from .update import IMPORTANCES
 
 DEFAULT_P_NORM = 0.8
 DEFAULT_LAMBDA_P = 0.1
 HYPERPARAMETERS = ("lr", "betas", "eps", "p_norm", "lambda_p", "weight_decay")
-VARIANTS = ("late_decay", "s_rate")
-"""Options of the update that other decays do not have; the rest of what `prepare` takes."""
+VARIANTS = ("importance", "late_decay", "s_rate")
+"""Options of the update besides, which groups saved by earlier versions lack."""
 
 
 def _starts_at_zero(param: Tensor) -> bool:
@@ -60,7 +61,7 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
         ("betas[0]", betas[0], 0.0, 1.0, "a number in [0, 1)"),
         ("betas[1]", betas[1], 0.0, 1.0, "a number in [0, 1)"),
         ("eps", values["eps"], 2.0**-126, math.inf, "a positive number, representable in fp32 (at least 2^-126)"),
-        ("p_norm", values["p_norm"], 2.0**-126, math.inf, "a positive finite number; below 2 it makes zeros"),
+        ("p_norm", values["p_norm"], -math.inf, math.inf, "a finite number, or -inf; below 2 it makes zeros"),
         ("lambda_p", values["lambda_p"], 0.0, math.inf, "a finite number of at least 0"),
         ("weight_decay", values["weight_decay"], 0.0, math.inf, "a finite number of at least 0"),
     ):
@@ -78,6 +79,16 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
             raise ValueError(f"{name}={values[name]!r} is not allowed: it must be {what}")
         if name == "s_rate" and not 0 < values.get(name, 1) <= 1:
             raise ValueError(f"{name}={values[name]!r} is not allowed: it must be {what}")
+    if values.get("importance", "magnitude") not in IMPORTANCES:
+        raise ValueError(
+            f"importance={values['importance']!r} is not allowed: it must be one of {', '.join(IMPORTANCES)}"
+        )
+    if values.get("s_rate", 1) < 1 and (values.get("importance") == "fisher" or values["p_norm"] < 0):
+        other = 'importance="fisher"' if values.get("importance") == "fisher" else f"p_norm={values['p_norm']}"
+        raise ValueError(
+            f"s_rate={values['s_rate']} and {other} exclude each other: s follows |w|^(p-2), for p of at least 0. "
+            "Leave s_rate at 1"
+        )
     if values.get("late_decay") and values["s_rate"] < 1:
         raise ValueError(
             f"late_decay=True and s_rate={values['s_rate']} exclude each other: s follows the weight before the step. "
