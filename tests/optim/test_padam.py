@@ -320,7 +320,7 @@ def test_nan_gradients_show_instead_of_being_decayed_away():
 
 
 def test_auto_takes_eager_for_small_models_and_says_so_without_a_compiler(monkeypatch, caplog):
-    from hf_padam import backends
+    from hf_padam.optim import backends
     from hf_padam.optim.backends import compiled, eager
 
     cpu = torch.device("cpu")
