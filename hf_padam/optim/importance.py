@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sparsity import local_shard, local_tensor, shard_coordinate, sum_over_shards
-from .update import YOUNG_STEPS, random_key
+from .update import LARGEST, YOUNG_STEPS, random_key
 
 REFERENCE = "reference"
 """The key of a steered group for the size that `update.prepare` takes in place of lambda_p."""
@@ -40,6 +40,13 @@ class Measured(NamedTuple):
     sharding: Any  # see `sparsity.local_shard`
     key: int  # random, another for each parameter and shard, the same on replicas
 
+    def stride(self, sample: int | None) -> int:
+        """Return a distance between elements that yields about so many, in all columns; all of them if None."""
+        step = max(1, self.weight.numel() // sample) if sample else 1
+        while self.weight.ndim and math.gcd(step, self.weight.shape[-1]) > 1 < self.weight.shape[-1]:
+            step += 1  # else it would see some columns only
+        return step
+
     def slices(self, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every `step`-th weight and its size, in fp32 and flat, a part of the tensor at a time.
 
@@ -54,7 +61,7 @@ class Measured(NamedTuple):
             if moments is not None:
                 second = moments[part].float()
                 young = (second == 0) & (x > 0)
-                x = torch.where(young, math.inf, x * second.sqrt() * self.factor)
+                x = torch.where(young, math.inf, x * second.sqrt().clamp(max=LARGEST) * self.factor)
             yield weight, x
 
 
@@ -85,21 +92,22 @@ def measure(optimizer: Optimizer, groups: Iterable[dict[str, Any]], scale: float
     return measured
 
 
-def fisher_scale(measured: Iterable[Measured]) -> float:
+def fisher_scale(measured: Iterable[Measured], sample: int | None = None) -> float:
     """Return mu, with which the mean of x^2 is that of w^2, over all weights that have had gradients, on all shards.
 
     Args:
         measured: From `measure`, with a scale of 1.
+        sample: Look at about this many elements of each shard at most.
     """
     totals: dict[tuple, Tensor] = {}
     for tensor in measured:
         device = tensor.weight.device
         precise = torch.float32 if device.type == "mps" else torch.float64
-        sums = torch.zeros(2, dtype=precise, device=device)
-        for weight, x in tensor.slices():
+        sums, step = torch.zeros(2, dtype=precise, device=device), tensor.stride(sample)
+        for weight, x in tensor.slices(step):
             known = x.isfinite()
-            sums[0] += torch.where(known, x.to(precise), 0).square().sum()
-            sums[1] += torch.where(known, weight.to(precise), 0).square().sum()
+            sums[0] += step * torch.where(known, x.to(precise), 0).square().sum()
+            sums[1] += step * torch.where(known, weight.to(precise), 0).square().sum()
         key = device, tensor.sharding
         totals[key] = totals[key] + sums if key in totals else sums
     pairs = [sum_over_shards(total, key[1]).tolist() for key, total in totals.items()]

@@ -32,12 +32,9 @@ def histogram(tensors: Sequence[Measured], sample: int | None = None) -> tuple[T
     """
 
     def count(tensor: Measured) -> Tensor:
-        weight = tensor.weight
-        step = max(1, weight.numel() // sample) if sample else 1
-        while weight.ndim and math.gcd(step, weight.shape[-1]) > 1 < weight.shape[-1]:
-            step += 1  # else it would see some columns only
+        elements, step = tensor.weight.numel(), tensor.stride(sample)
         counts = torch.stack([_bincount(_bits(x) >> _SHIFT) for _, x in tensor.slices(step)]).sum(0)
-        return counts * (weight.numel() / max(1, math.ceil(weight.numel() / step)))
+        return counts * (elements / math.ceil(elements / step))
 
     counts = _total(tensors, count)
     return counts[:_INFINITE], float(counts[_INFINITE:].sum())

@@ -51,8 +51,14 @@ _HORIZON = 0.1
 _UPDATES = 200
 """How many times during the ramp the decay is computed anew, at most."""
 
-_SAMPLE = 2**18
-"""Elements of each tensor that quantiles are estimated from, at most."""
+_SAMPLE = 2**24
+"""Elements of all steered tensors that quantiles are estimated from; at least `_SMALL_SAMPLE` of each."""
+
+_SMALL_SAMPLE = 2**16
+
+_LAST = 0.002
+"""Share of zeros that the decay leaves to the end of the ramp, which meets the target exactly: so much may a quantile
+be wrong, or die between two of them."""
 
 STATE = {
     "target_step": 0,  # steps taken
@@ -250,20 +256,22 @@ class TargetSparsity:
         horizon = max(self.interval, min(math.ceil(_HORIZON * (self.last - self.first)), self.last - step))
         if all(group["p_norm"] == -math.inf for group in pool):  # who is to die does so at once
             horizon = self.interval
-        ahead = self.planned(step + horizon, pool[0]["target_initial"])
-        measured = measure(self.optimizer, pool)
-        counts, _ = histogram(measured, sample=_SAMPLE)
+        ahead = min(self.planned(step + horizon, pool[0]["target_initial"]), self.target - _LAST)
+        sample = max(_SMALL_SAMPLE, _SAMPLE // sum(len(_params(other)) for other in self._pools()))
+        measured, scale = measure(self.optimizer, pool), 1.0
+        if any(group["importance"] == "fisher" for group in pool):
+            scale = fisher_scale(measured, sample)
+            measured = measure(self.optimizer, pool, scale)
+        counts, _ = histogram(measured, sample)
         if zeros >= ahead * float(counts.sum()):
             for group in pool:
                 group["target_reference"] = 0.0
             return
-        size, scale = quantile(counts, ahead), 1.0
-        if any(group["importance"] == "fisher" for group in pool):
-            scale = fisher_scale(measured)
+        size = quantile(counts, ahead)
         for group in pool:
             exponent = 2 - group["p_norm"]
             slowly = 1.0 if math.isinf(exponent) else (exponent * horizon) ** (-1 / exponent)
-            group["target_reference"] = size / scale * slowly
+            group["target_reference"] = size * slowly
             if group["importance"] == "fisher":
                 group[SCALE] = scale
 

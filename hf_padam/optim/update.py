@@ -50,8 +50,8 @@ otherwise linger among the subnormal numbers, which devices round differently an
 _SMALLEST_NORMAL = 2.0**-126
 """A decay ``lr * lambda_p`` below fp32's normal range is taken as zero: it changes no weight, and 0 * inf is NaN."""
 
-_LARGEST = 2.0**127
-"""No scale of sizes may be infinite in fp32: 0 * inf is NaN."""
+LARGEST = 2.0**127
+"""Nothing that a size is made of may be infinite in fp32: 0 * inf is NaN."""
 
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B, 0x31848BAB)
 """Of the hash in `random_bits`; odd, and found good by Wellons' search (nullprogram.com/blog/2018/07/31)."""
@@ -66,8 +66,9 @@ some 22 %, and the few tiny gradients that a weight may begin with no longer sta
 
 _YOUNG_RATIO = 2.0
 """Under "fisher" a weight is left alone in a step if its squared first moment is so many times its second moment from
-before the step. In the long run the mean of gradients is no larger than their root mean square. It is while a weight
-has had no gradient before, or just a few: in an expert that was not routed to, for a token that was not seen."""
+before the step, or its squared gradient four times as many. In the long run the mean of gradients is no larger than
+their root mean square, and few are three times as large. Both are so while a weight has had no gradient before, or
+just a few: in an expert that was not routed to, for a token that was not seen."""
 
 
 class Form(enum.Enum):
@@ -114,7 +115,7 @@ class Scalars(NamedTuple):
     decay: float  # lr * lambda_p, or 1 where sizes are relative
     exponent: float  # p - 2
     size_scale: float  # turns |w|, or |w| * sqrt(second moment), into x, or into x relative to a reference size
-    young: float  # a first moment, squared and multiplied by this, is as large as the second moment of a young weight
+    young: float  # a weight is young whose first moment, squared and multiplied by this, exceeds its second moment
     late_decay: bool = False  # backends specialise on it, as on `form`
     fisher: bool = False  # likewise
     s_rate: float = 1.0  # below 1, and used, only where `s` is given
@@ -197,7 +198,7 @@ def prepare(
         shrink=1 + lr * weight_decay,
         decay=decay,
         exponent=p_norm - 2,
-        size_scale=min(scale, _LARGEST),
+        size_scale=min(scale, LARGEST),
         young=correction2 / (_YOUNG_RATIO * correction1**2),
         late_decay=late_decay,
         fisher=fisher,
@@ -282,8 +283,8 @@ def inverse_factor(
     magnitude = weight.abs()
     if scalars.form is Form.HOLD:
         return torch.where(magnitude == 0, math.inf, torch.ones_like(weight) * shrink)
-    # In this order no zero meets an infinity.
-    x = (magnitude if root is None else magnitude * root) * scalars.size_scale
+    # In this order, and where squares of gradients have overflown, no zero meets an infinity.
+    x = (magnitude if root is None else magnitude * root.clamp(max=LARGEST)) * scalars.size_scale
     match scalars.form:
         case Form.HARD:
             decayed = torch.where(x < 1, math.inf, torch.zeros_like(x))
@@ -358,8 +359,10 @@ def update_(
         new = stepped / inverse_factor(weight, scalars, power, following)
     else:
         measured = stepped if scalars.late_decay else weight
-        evidence = (root, first * first * scalars.young >= before) if scalars.fisher else (None, None)
-        new = stepped / inverse_factor(measured, scalars, power, None, *evidence)
+        young = None
+        if scalars.fisher:
+            young = torch.maximum(first * first, 0.25 * gradient * gradient) * scalars.young >= before
+        new = stepped / inverse_factor(measured, scalars, power, root=root if scalars.fisher else None, young=young)
     # 4. What is as good as dead is zero, on every device alike.
     if scalars.form.makes_zeros:
         new = torch.where(new.abs() < FLUSH_THRESHOLD, 0.0, new)

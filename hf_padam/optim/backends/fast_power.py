@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SMALLEST_EXPONENT, LARGEST_EXPONENT = -14.0, 2.0
-"""Between which `fast_power` is accurate: enough for p in [-12, 4]."""
+SMALLEST_EXPONENT, LARGEST_EXPONENT = -10.0, 2.0
+"""Between which `fast_power` is accurate: enough for p in [-8, 4]."""
 
 _DEGREE = 9  # of the polynomial for m^y
 PARTS = 4 + _DEGREE

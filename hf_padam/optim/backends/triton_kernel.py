@@ -9,13 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..update import FLUSH_THRESHOLD, MULTIPLIERS, Form
+from ..update import FLUSH_THRESHOLD, LARGEST, MULTIPLIERS, Form
 
 NONE, HOLD, HARD, MINUS_ONE, ZERO, HALF, ONE, THREE_HALVES, TWO, BELOW_TWO, ABOVE_TWO = (
     tl.constexpr(i) for i in range(len(Form))
 )
 FORM_NUMBER = {form: i for i, form in enumerate(Form)}
 _FLUSH = tl.constexpr(FLUSH_THRESHOLD)
+_LARGEST = tl.constexpr(LARGEST)
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _MANTISSA = tl.constexpr(0x007FFFFF)
 _ONE = tl.constexpr(0x3F800000)
@@ -62,8 +63,8 @@ def inverse_factor(
     elif FORM == HOLD:
         result = tl.where(magnitude == 0, float("inf"), tl.zeros_like(weight) + shrink)
     else:
-        if FISHER:  # in this order no zero meets an infinity
-            x = (magnitude * root) * size_scale
+        if FISHER:  # no zero may meet an infinity
+            x = (magnitude * tl.minimum(root, _LARGEST)) * size_scale
         else:
             x = magnitude * size_scale
         if FORM == HARD:
@@ -188,7 +189,7 @@ def step_kernel(
             measured = stepped
         else:
             measured = weight
-        young = first * first * young_scale >= before
+        young = tl.maximum(first * first, 0.25 * gradient * gradient) * young_scale >= before
         new = stepped / inverse_factor(
             measured, root, young, shrink, decay, size_scale, y, y_upper, y_lower, at_zero, FORM, FISHER
         )
