@@ -115,8 +115,8 @@ class PAdamTrainingArguments(TrainingArguments):
     backend: str = field(
         default=OPTIONS["backend"].default,
         metadata={
-            "help": "How the update runs: eager (plain PyTorch, anywhere), compiled (CPU: one fused C++ pass; needs a C++ "
-            "compiler), triton (GPU: one kernel launch), or auto, the fastest that works there.",
+            "help": "How the update runs: eager (plain PyTorch, anywhere), compiled (CPU: one fused C++ pass; needs a "
+            "C++ compiler), triton (GPU: one kernel launch), or auto, the fastest that works there.",
             "choices": list(CHOICES),
         },
     )
