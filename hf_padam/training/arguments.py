@@ -114,7 +114,11 @@ class PAdamTrainingArguments(TrainingArguments):
     )
     backend: str = field(
         default=OPTIONS["backend"].default,
-        metadata={"help": "How the update runs. auto picks the fastest available.", "choices": list(CHOICES)},
+        metadata={
+            "help": "How the update runs: eager (plain PyTorch, anywhere), compiled (CPU: one fused C++ pass; needs a "
+            "C++ compiler), triton (GPU: one kernel launch), or auto, the fastest that works there.",
+            "choices": list(CHOICES),
+        },
     )
 
     def __post_init__(self) -> None:
