@@ -17,6 +17,7 @@ from .training import arguments, registration
 from .training.arguments import PAdamTrainingArguments
 from .training.callbacks import PNormScheduleCallback, TargetSparsityCallback
 from .training.metrics import Perplexity, WeightSparsity, sequence_nll
+from .training.options import PAdamOptions
 from .training.param_groups import decayed_parameters, get_param_groups
 from .training.trainer import PAdamTrainer
 
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PAdam",
     "PAdam8bit",
+    "PAdamOptions",
     "PAdamTrainer",
     "PAdamTrainingArguments",
     "PNormScheduleCallback",

@@ -35,8 +35,7 @@ logger = logging.getLogger(__name__)
 RUN_STATE = "run_state.json"
 _SETTINGS = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
-    "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16", "fp16", "p_norm_schedule", "p_norm_start",
-    "p_norm_schedule_share",
+    "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16", "fp16",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..optim.padam import PAdam, unwrap
 from ..optim.schedules import DEFAULT_SHARE, check_schedule, set_p_norm
 from ..optim.schedules import DEFAULT_START as DEFAULT_SCHEDULE_START
 from ..optim.target_sparsity import DEFAULT_END, DEFAULT_START, TargetSparsity, check_plan, steering_of
@@ -77,7 +78,8 @@ class CallbackFromGroups(TargetSparsityCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach if the groups say so."""
-        groups = getattr(kwargs.get("optimizer"), "param_groups", [])
+        optimizer = unwrap(kwargs.get("optimizer"))
+        groups = optimizer.param_groups if isinstance(optimizer, PAdam) else []
         plans = [group for group in groups if group.get("target_sparsity") is not None]
         self._steering = None
         if plans:

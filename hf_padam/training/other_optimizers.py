@@ -13,23 +13,17 @@ from transformers.training_args import OptimizerNames
 from ..optim.any_optimizer import add_pnorm_decay, decay_scalars, has_pnorm_decay
 from ..optim.hyperparameters import DEFAULT_P_NORM
 from ..optim.schedules import FINAL
+from .options import OPTIONS, options_of
 from .param_groups import get_param_groups
-from .registration import OPTIMIZERS, OPTIONS
+from .registration import OPTIMIZERS
 
-_PADAM_ONLY = (
-    "late_decay",
-    "s_rate",
-    "bf16_stochastic_round",
-    "backend",
-    "target_start",
-    "target_end",
-    "target_scope",
-)
+_SHARED = ("p_norm", "lambda_p", "decay_embeddings", "dense_modules")
+"""Options of padam that have a meaning for the decay beside another optimizer; the rest do not."""
 
 
 def asks_for_decay(args: TrainingArguments) -> bool:
     """Whether `lambda_p` is given, and `optim` is not PAdam, which decays by itself."""
-    return getattr(args, "lambda_p", None) is not None and OptimizerNames(args.optim).value not in OPTIMIZERS
+    return options_of(args).lambda_p is not None and OptimizerNames(args.optim).value not in OPTIMIZERS
 
 
 def check_decay_options(args: Any) -> None:
@@ -42,15 +36,13 @@ def check_decay_options(args: Any) -> None:
         ValueError: If they are out of range, would have no effect, or do not go with the optimizer.
     """
     name = OptimizerNames(args.optim).value
-    for key in _PADAM_ONLY:
+    for key in (key for key in OPTIONS if key not in _SHARED):
         if getattr(args, key) != OPTIONS[key].default:
-            raise ValueError(f"{key}={getattr(args, key)!r} is an option of padam and has no effect on optim={name!r}")
-    if args.target_sparsity is not None:
-        raise ValueError(
-            f'target_sparsity={args.target_sparsity!r} does not go with optim={name!r}: take optim="padam", or give '
-            "lambda_p"
-        )
-    for key in ("p_norm", "lambda_p"):
+            raise ValueError(
+                f"{key}={getattr(args, key)!r} is an option of padam and has no effect on optim={name!r}: take "
+                f'optim="padam", or drop {key}'
+            )
+    for key in OPTIONS:
         if re.search(rf"\b{key}\s*=", args.optim_args or ""):
             raise ValueError(
                 f"optim_args={args.optim_args!r}: {key} is an option of padam, not of {name}. To add a p-norm decay "

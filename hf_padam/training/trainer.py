@@ -16,15 +16,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
-from ..optim.schedules import DEFAULT_SHARE, DEFAULT_START, scheduled_p_norm
+from ..optim.schedules import scheduled_p_norm
 from ..resuming.resumable import ResumableTrainer
 from ..resuming.settings import check_added_decay, check_decayed
 from .callbacks import PNormScheduleCallback
 from .gradients import check_gradient_norm
 from .metrics import Perplexity, WeightSparsity, sequence_nll
+from .options import SCHEDULE, options_of
 from .other_optimizers import asks_for_decay, attach_decay, check_deepspeed
 from .param_groups import decayed_parameters
-from .registration import OPTIMIZERS, OPTIONS, optimizer_options
+from .registration import OPTIMIZERS, optimizer_options
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +57,9 @@ class PAdamTrainer(ResumableTrainer):
         if asks_for_decay(self.args) and self.is_deepspeed_enabled:
             check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
         if not any(isinstance(callback, PNormScheduleCallback) for callback in self.callback_handler.callbacks):
-            start = getattr(self.args, "p_norm_start", DEFAULT_START)
-            share = getattr(self.args, "p_norm_schedule_share", DEFAULT_SHARE)
-            shape = getattr(self.args, "p_norm_schedule", "constant")
-            self.add_callback(PNormScheduleCallback(start, share, shape))
+            options = options_of(self.args)
+            schedule = (options.p_norm_start, options.p_norm_schedule_share, options.p_norm_schedule)
+            self.add_callback(PNormScheduleCallback(*schedule))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer; add a p-norm decay if the arguments ask for one and it is not PAdam."""
@@ -72,6 +72,7 @@ class PAdamTrainer(ResumableTrainer):
 
     def _settings(self) -> dict[str, Any]:
         settings = super()._settings() | {_ADDED_DECAY: asks_for_decay(self.args)}
+        settings |= {name: getattr(options_of(self.args), name) for name in SCHEDULE}
         if asks_for_decay(self.args) or OptimizerNames(self.args.optim).value in OPTIMIZERS:
             names = self.decayed_names()
             digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
@@ -90,7 +91,7 @@ class PAdamTrainer(ResumableTrainer):
         """Return what the optimizer is built with: under a schedule, groups that begin at its start."""
         factory, options = ResumableTrainer.get_optimizer_cls_and_kwargs(args, model)
         if options.pop("p_norm_schedule", "constant") != "constant":
-            options["p_norm_start"] = getattr(args, "p_norm_start", DEFAULT_START)
+            options["p_norm_start"] = options_of(args).p_norm_start
         return factory, options
 
     def decayed_names(self) -> list[str]:
@@ -102,7 +103,7 @@ class PAdamTrainer(ResumableTrainer):
         if OptimizerNames(self.args.optim).value in OPTIMIZERS:
             options = optimizer_options(self.args)
         else:
-            options = {key: getattr(self.args, key, OPTIONS[key].default) for key in OPTIONS}
+            options = vars(options_of(self.args))
         targets = {key: options[key] for key in ("decay_embeddings", "dense_modules")}
         return targets | {"target_modules": self.args.optim_target_modules}
 
@@ -119,7 +120,7 @@ class PAdamTrainer(ResumableTrainer):
         try:
             check_gradient_norm(norm, step, self.accelerator)
         except FloatingPointError:
-            if getattr(self.args, "nonfinite_gradients", "stop") == "stop":
+            if options_of(self.args).nonfinite_gradients == "stop":
                 raise
             logger.warning("The gradient norm of step %d is %s: its update is skipped.", step, float(norm))
             model.zero_grad()  # without gradients the optimizer leaves weights and moments as they are

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from hf_padam.optim.schedules import check_schedule
 from hf_padam.resuming.checkpoints import loading, resolve_checkpoint, rotate_checkpoints, staged_checkpoint
 from hf_padam.resuming.settings import check_decayed, check_world_size, hyperparameters, warn_of_other_settings
+from hf_padam.training.options import PAdamOptions, check_target
 
 from .errors import UsageError
 
@@ -21,26 +22,12 @@ PROGRESS_FILE = "custom_checkpoint_0.pkl"
 
 
 @dataclass
-class LoopArguments:
-    """The training options of the loop: names and meanings are those of TrainingArguments."""
+class LoopArguments(PAdamOptions):
+    """The training options of the loop: PAdam's, and some whose names and meanings are those of TrainingArguments."""
 
     output_dir: str = field(default="trainer_output", metadata={"help": "Where everything is written."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
-    p_norm: float = field(default=0.8, metadata={"help": "p of the norm whose decay is applied."})
-    lambda_p: float = field(default=0.1, metadata={"help": "Strength of the p-norm decay."})
-    target_sparsity: float | None = field(
-        default=None, metadata={"help": "Share of the decayed weights that is to be zero in the end; finds lambda_p."}
-    )
     weight_decay: float = field(default=0.0, metadata={"help": "Strength of the L2 decay."})
-    p_norm_schedule: str = field(
-        default="constant",
-        metadata={"help": "How p moves from p_norm_start to p_norm.", "choices": ["constant", "linear", "cosine"]},
-    )
-    p_norm_start: float = field(default=2.0, metadata={"help": "p of the first step, under a schedule."})
-    p_norm_schedule_share: float = field(default=0.5, metadata={"help": "Share of the steps over which p moves."})
-    late_decay: bool = field(default=False, metadata={"help": "Take the factor from the weight after the step."})
-    s_rate: float = field(default=1.0, metadata={"help": "How fast the decay follows a weight; 1 is at once."})
-    decay_embeddings: bool = field(default=False, metadata={"help": "Decay embeddings and the output head too."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the data, unless max_steps is set."})
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences per process and micro-batch."})
@@ -65,6 +52,8 @@ class LoopArguments:
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)} is too small: it must be at least 1")
         try:
+            super().__post_init__()
+            check_target(vars(self))
             check_schedule(self.p_norm_start, self.p_norm_schedule_share, self.p_norm_schedule)
         except ValueError as error:
             raise UsageError(str(error)) from error

@@ -459,7 +459,7 @@ def test_named_modules_stay_dense(tmp_path):
         ({"target_sparsity": 0.5, "p_norm_schedule": "linear"}, "p_norm_schedule='linear' exclude each other"),
         ({"s_rate": 0.5, "optim": "adamw_torch"}, "has no effect on optim='adamw_torch'"),
         ({"target_scope": "layer"}, "has no effect without target_sparsity"),
-        ({"target_sparsity": 0.5, "target_scope": "model"}, "target_scope='model' is not one of global, layer"),
+        ({"target_sparsity": 0.5, "target_scope": "model"}, "target_scope='model' must be one of global, layer"),
         ({"dense_modules": "[oops"}, "is not a list in JSON"),
     ],
     ids=str,

@@ -1,0 +1,221 @@
+"""PAdam's options, defined once: the typed fields of training arguments, the keys of `optim_args`, and their help."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any, get_args, get_type_hints
+
+from ..optim.backends import CHOICES
+from ..optim.hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM
+from ..optim.schedules import DEFAULT_SHARE, SHAPES
+from ..optim.schedules import DEFAULT_START as SCHEDULE_START
+from ..optim.target_sparsity import DEFAULT_END, DEFAULT_START, SCOPES, check_plan, check_steerable
+
+
+def _option(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class PAdamOptions:
+    """The options of PAdam and of `PAdamTrainer`, for dataclasses of arguments to inherit from.
+
+    Training arguments have typed options if their class is derived from this one; a field of the same name in any
+    other class is that class's own business. For the arguments of another library's trainer:
+
+        @dataclass
+        class Arguments(PAdamOptions, SFTConfig): ...
+
+    A string is read as in `optim_args`, so what a command line or a YAML file holds can be passed as it is.
+
+    Raises:
+        ValueError: On a value of the wrong type.
+    """
+
+    p_norm: float = _option(
+        DEFAULT_P_NORM, "p of the norm whose decay is applied. Below 2 it makes zeros, below 1 the sparsest models."
+    )
+    lambda_p: float | None = _option(
+        None,
+        "Strength of the p-norm decay. More makes more zeros; 0 turns it off. Adds the decay to any other optim too. "
+        f"Default: {DEFAULT_LAMBDA_P} with padam and padam_8bit, no decay with others.",
+    )
+    p_norm_schedule: str = _option(
+        "constant", "How p moves from p_norm_start to p_norm. PAdamTrainer moves it.", choices=list(SHAPES)
+    )
+    p_norm_start: float = _option(SCHEDULE_START, "p of the first step, under a schedule; at 2 zeros may grow.")
+    p_norm_schedule_share: float = _option(DEFAULT_SHARE, "Share of the training steps over which p moves.")
+    late_decay: bool = _option(False, "Take the decay's factor from the weight after the step. Makes few exact zeros.")
+    s_rate: float = _option(1.0, "How fast the p-norm decay follows a weight, above 0, at most 1, which is at once.")
+    decay_embeddings: bool = _option(False, "Decay embeddings and the output head too, which are left out otherwise.")
+    dense_modules: None | str | list[str] = _option(
+        None, "Leave these modules out of the decay: a regular expression, or a JSON list."
+    )
+    target_sparsity: float | None = _option(
+        None,
+        "Share of the decayed weights that is to be zero in the end, in (0, 1). Finds lambda_p in its place.",
+    )
+    target_start: float = _option(DEFAULT_START, "Share of the steps after which target_sparsity makes zeros.")
+    target_end: float = _option(
+        DEFAULT_END, "Share of the steps after which it has made all; what survives recovers in the rest."
+    )
+    target_scope: str = _option(
+        SCOPES[0],
+        "What target_sparsity is a share of: all decayed weights together, or each tensor by itself.",
+        choices=list(SCOPES),
+    )
+    bf16_stochastic_round: bool = _option(
+        False, "For models whose weights are bf16: round them up or down at random, exact in the mean."
+    )
+    nonfinite_gradients: str = _option(
+        "stop",
+        "At a step whose gradients are not finite: stop, or skip its update (as fp16 and DeepSpeed do).",
+        choices=["stop", "skip"],
+    )
+    backend: str = _option("auto", "How the update runs. auto picks the fastest available.", choices=list(CHOICES))
+
+    def __post_init__(self) -> None:
+        """Read the strings, and check the types, once the class beside this one has done the same."""
+        getattr(super(), "__post_init__", lambda: None)()
+        for name in FIELDS:
+            setattr(self, name, read(name, getattr(self, name)))
+
+
+FIELDS = {option.name: option for option in fields(PAdamOptions)}
+SCHEDULE = ("p_norm_schedule", "p_norm_start", "p_norm_schedule_share")
+OPTIONS = {name: option for name, option in FIELDS.items() if name not in (*SCHEDULE, "nonfinite_gradients")}
+"""Those that any Trainer can act on: the keys of `optim_args`."""
+
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    float: ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
+    str: ("a regular expression", lambda value: isinstance(value, str)),
+    list[str]: ("a list of names", lambda value: isinstance(value, list) and all(isinstance(e, str) for e in value)),
+}
+_HINTS = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(PAdamOptions).items()}
+_HINTS["optim_target_modules"] = _HINTS["dense_modules"]
+_BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+_NEXT_KEY = re.compile(r',(?=\s*\w+\s*=)(?=(?:[^"]*"[^"]*")*[^"]*$)')
+"""A comma between pairs: before the next key, and not within double quotes."""
+
+
+def options_of(args: Any) -> PAdamOptions:
+    """Return the typed options of training arguments: themselves if their class says that it has them, else none."""
+    return args if isinstance(args, PAdamOptions) else PAdamOptions()
+
+
+def read(name: str, value: Any) -> Any:
+    """Return an option's value, of its type. A string is parsed, unless the option is one.
+
+    Args:
+        name: Of an option, or `optim_target_modules`.
+        value: What was given for it.
+
+    Raises:
+        ValueError: If it does not have the option's type.
+    """
+    types, text = _HINTS[name], value
+    if isinstance(value, str):
+        value = value.strip()
+        if list[str] in types and value[:1] == "[" and (re.search("[\"']", value) or value[-1] != "]"):
+            try:  # what is left is a regular expression that begins with a set of characters
+                value = json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"{name}={text!r} is not a list in JSON: {error}") from error
+        elif bool in types:
+            value = _BOOLEANS.get(value.lower(), value)
+        elif float in types:
+            with contextlib.suppress(ValueError):
+                value = float(value)
+    choices = _choices(name)
+    absent = value is None and type(None) in types
+    if not (value in choices if choices else absent or any(_KINDS[t][1](value) for t in types if t in _KINDS)):
+        raise ValueError(f"{name}={text!r} must be {_accepted(name)}")
+    return value
+
+
+def _choices(name: str) -> list[str]:
+    return FIELDS[name].metadata.get("choices", []) if name in FIELDS else []
+
+
+def _accepted(name: str) -> str:
+    """Say what an option takes."""
+    if choices := _choices(name):
+        return f"one of {', '.join(choices)}"
+    return " or ".join(_KINDS[kind][0] for kind in _HINTS[name] if kind in _KINDS)
+
+
+def split_optim_args(text: Any) -> dict[str, str]:
+    """Split an `optim_args` string, key=value pairs joined by commas, into its pairs.
+
+    Spaces count within a value only. A comma ends a value where a key follows, and not within double quotes, so
+    regular expressions and JSON can be given as they are; a value as a whole may be in double quotes.
+
+    Raises:
+        ValueError: If it is no such string, or gives a key twice.
+    """
+    if not isinstance(text, str):
+        raise ValueError(malformed(text))
+    pairs: dict[str, str] = {}
+    for pair in _NEXT_KEY.split(text) if text.strip() else ():
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not key.isidentifier() or value.endswith(","):
+            raise ValueError(malformed(text))
+        if key in pairs:
+            raise ValueError(f"optim_args={text!r} gives {key} twice. Drop one of them")
+        pairs[key] = value[1:-1] if re.fullmatch('"[^"]*"', value) else value
+    return pairs
+
+
+def parse_optim_args(text: str | None) -> dict[str, Any]:
+    """Turn an `optim_args` string into typed options; absent keys stay absent.
+
+    Raises:
+        ValueError: On a malformed pair, an unknown or repeated key, or a bad value, with the list of what is accepted.
+    """
+    options = {}
+    accepted = ", ".join(f"{key} ({_accepted(key)})" for key in OPTIONS)
+    for key, value in split_optim_args("" if text is None else text).items():
+        if key not in OPTIONS:
+            raise ValueError(f"optim_args has no key {key!r} for padam. Accepted: {accepted}")
+        try:
+            options[key] = read(key, value)
+        except ValueError as error:
+            raise ValueError(f"optim_args: {error}. Accepted: {accepted}") from None
+    return options
+
+
+def malformed(text: Any) -> str:
+    """Say that an `optim_args` string is malformed."""
+    return (
+        f"optim_args={text!r} is malformed: it must be a string of key=value pairs joined by commas, "
+        'for example "p_norm=0.8,lambda_p=0.5"'
+    )
+
+
+def check_target(options: Mapping[str, Any]) -> None:
+    """Check that a target sparsity, if there is one, goes with the other options, and that these have an effect.
+
+    Raises:
+        ValueError: If not.
+    """
+    target = options["target_sparsity"]
+    if target is None:
+        for key in ("target_start", "target_end", "target_scope"):
+            if options[key] != OPTIONS[key].default:
+                raise ValueError(
+                    f"{key}={options[key]!r} has no effect without target_sparsity: give that, or drop {key}"
+                )
+        return
+    check_plan(target, options["target_start"], options["target_end"])
+    check_steerable(options)
+    if options["lambda_p"] is not None:
+        raise ValueError(
+            f"target_sparsity={target!r} and lambda_p={options['lambda_p']!r} exclude each other: the first finds the "
+            "second. Drop one of them"
+        )
