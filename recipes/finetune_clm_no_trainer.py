@@ -27,9 +27,11 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator, get_scheduler
 
 from hf_padam import PAdam, Perplexity, PNormScheduler, TargetSparsity, WeightSparsity, get_param_groups
+from hf_padam.optim.hyperparameters import DEFAULT_LAMBDA_P
 from hf_padam.resuming.interruption import EXIT_STATUS, StopSignal
 from hf_padam.training.gradients import check_gradient_norm
 from hf_padam.training.metrics import sequence_nll
+from hf_padam.training.options import with_defaults
 
 
 def parse(argv: list[str]) -> tuple[Any, ...]:
@@ -65,10 +67,12 @@ def main() -> None:
 
     # 1. Two parameter groups; that is all there is to PAdam in a loop of one's own.
     try:
+        decay = with_defaults(vars(args))
         groups = get_param_groups(
             model,
-            p_norm=args.p_norm,
-            lambda_p=args.lambda_p,
+            p_norm=decay["p_norm"],
+            importance=decay["importance"],
+            lambda_p=DEFAULT_LAMBDA_P if args.lambda_p is None else args.lambda_p,
             weight_decay=args.weight_decay,
             p_norm_start=None if args.p_norm_schedule == "constant" else args.p_norm_start,
             late_decay=args.late_decay,

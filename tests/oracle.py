@@ -47,9 +47,7 @@ class Oracle:
         if not self.fisher:
             return power(w, self.p)
         b1, b2 = self.betas
-        first = self.m[i] / (1 - b1**self.t)
-        newest = g / (1 - b1**self.t) / 2
-        young = self.t <= 10 or max(first**2, newest**2) >= 2 * before / (1 - b2**self.t)
+        young = self.t <= 10 or max(self.m[i] ** 2, (g / 2) ** 2) >= 2 * before / (1 - b2**self.t)
         if young:
             return math.inf if w == 0 and self.p < 2 else 0.0
         return power(abs(w) * math.sqrt(self.v[i] / (1 - b2**self.t)) / self.mu, self.p)

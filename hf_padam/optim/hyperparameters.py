@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..sparsity import count_zeros
 from .update import IMPORTANCES
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_P_NORM = 0.8
 DEFAULT_LAMBDA_P = 0.1
@@ -17,31 +21,45 @@ VARIANTS = ("importance", "late_decay", "s_rate")
 """Options of the update besides, which groups saved by earlier versions lack."""
 
 
-def _starts_at_zero(param: Tensor) -> bool:
-    """Whether all of a parameter, over all shards, is zero. FSDP1's shards and meta tensors cannot be judged."""
-    if param.is_meta or hasattr(param, "_fsdp_flattened"):
-        return False
-    (count,) = count_zeros({"": param})
-    return 0 < count.elements == count.zeros
+_SPARSE = 0.3
+"""Share of zeros from which weights are taken to be those of a sparse model."""
 
 
-def check_not_all_zeros(name: str, param: Tensor, cure: str) -> None:
-    """Refuse a tensor that p-norm decay with p < 2 would hold at zero.
+def check_not_all_zeros(params: Sequence[tuple[str, Tensor]], cure: str) -> None:
+    """Refuse tensors that start as zeros, at which a p-norm decay with p < 2 would hold them.
+
+    In a sparse model, one whose other tensors have zeros, a tensor may well have died as a whole: it stays zero, which
+    is said in a warning. A row, a column or an expert of zeros is no tensor of zeros.
 
     Args:
-        name: Of the parameter, for the message.
-        param: The parameter, before training.
+        params: The parameters that decay, with their names, before training. FSDP1's shards and meta tensors are not
+            judged.
         cure: What the message advises, but for a non-zero start.
 
     Raises:
-        ValueError: If every element, over all shards, is zero.
+        ValueError: If every element of a tensor, over all shards, is zero.
     """
-    if _starts_at_zero(param):
-        raise ValueError(
-            f"parameter {name}, of shape {tuple(param.shape)}, is all zeros. Under a p-norm decay with p < 2 zero is "
-            "absorbing, so it would never train (biases, LoRA's B matrices and zero-initialised heads start like "
-            f"this). {cure}, or give it a non-zero start."
-        )
+    judged = [(name, p) for name, p in params if not p.is_meta and not hasattr(p, "_fsdp_flattened")]
+    counts = count_zeros({str(i): param for i, (_, param) in enumerate(judged)})
+    dead = [judged[int(count.name)] for count in counts if 0 < count.elements == count.zeros]
+    if not dead:
+        return
+    name, param = dead[0]
+    alive = [count for count in counts if count.zeros < count.elements]
+    if sum(count.zeros for count in alive) > _SPARSE * sum(count.elements for count in alive):
+        logger.warning("%d tensors are all zeros, and stay so, in a model that is sparse: %s, ...", len(dead), name)
+        return
+    raise ValueError(
+        f"parameter {name}, of shape {tuple(param.shape)}, is all zeros. Under a p-norm decay with p < 2 zero is "
+        "absorbing, so it would never train (biases, LoRA's B matrices and zero-initialised heads start like this). "
+        f"{cure}, or give it a non-zero start."
+    )
+
+
+def named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """Return the parameters of a group with their names, or their numbers."""
+    names = group.get("param_names") or [f"number {i} of its group" for i in range(len(group["params"]))]
+    return list(zip(names, group["params"], strict=True))
 
 
 def check_hyperparameters(values: dict[str, Any]) -> None:

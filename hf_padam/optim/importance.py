@@ -121,7 +121,7 @@ def update_scale(optimizer: Optimizer) -> None:
     Since all processes, and a resumed run, have the same weights and moments after the same steps, they have the same
     mu. Between two computations nothing is read from the device.
     """
-    pool = [g for g in optimizer.param_groups if g["importance"] == "fisher" and g["lambda_p"] > 0]
+    pool = [g for g in optimizer.param_groups if g.get("importance") == "fisher" and g["lambda_p"] > 0]
     pool = [group for group in pool if REFERENCE not in group]
     states = (optimizer.state.get(param) for group in pool for param in group["params"])
     taken = next((int(state["step"]) for state in states if state), 0)

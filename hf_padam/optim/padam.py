@@ -26,6 +26,7 @@ from .hyperparameters import (
     VARIANTS,
     check_hyperparameters,
     check_not_all_zeros,
+    named,
 )
 from .importance import REFERENCE, SCALE, update_scale
 from .update import Rounding, Scalars, initial_s, prepare, random_key
@@ -115,6 +116,7 @@ class PAdam(Optimizer):
         defaults |= dict(bf16_stochastic_round=bf16_stochastic_round, rounding_seed=rounding_seed)
         check_hyperparameters(defaults)
         super().__init__(params, defaults)
+        self._check_zeros(self.param_groups)
         rounded = [p for group in self.param_groups if group["bf16_stochastic_round"] for p in group["params"]]
         if rounded and not any(p.dtype == torch.bfloat16 for p in rounded):
             logger.warning("bf16_stochastic_round has no effect: none of the parameters is bf16 (autocast may be).")
@@ -140,6 +142,8 @@ class PAdam(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
+            if hasattr(self, "state") and self.state:  # else the constructor looks at all groups together
+                self._check_zeros(self.param_groups[-1:])
         except (ValueError, RuntimeError):
             del self.param_groups[-1]
             raise
@@ -147,22 +151,22 @@ class PAdam(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_hyperparameters(group)
         self._keeps_s(group)
-        absorbing = group["lambda_p"] > 0 and group["p_norm"] < 2 and not group["late_decay"]
-        names = group.get("param_names") or [f"number {i} of its group" for i in range(len(group["params"]))]
-        for name, param in zip(names, group["params"], strict=True):
+        for name, param in named(group):
             if not param.is_floating_point():
                 raise ValueError(
                     f"parameter {name} has dtype {param.dtype}; PAdam updates real floating-point tensors only: "
                     "view complex parameters as real ones with torch.view_as_real, leave others out"
                 )
             backends.check(self.backend, param.device)
-            if absorbing and param.requires_grad:
-                check_not_all_zeros(
-                    name,
-                    param,
-                    "Put it in a parameter group with lambda_p=0, as hf_padam.get_param_groups(model) does for biases "
-                    "and norms",
-                )
+
+    def _check_zeros(self, groups: list[dict[str, Any]]) -> None:
+        """Refuse decaying tensors that start as zeros."""
+        decaying = [g for g in groups if g["lambda_p"] > 0 and g["p_norm"] < 2 and not g["late_decay"]]
+        check_not_all_zeros(
+            [(name, param) for group in decaying for name, param in named(group) if param.requires_grad],
+            "Put it in a parameter group with lambda_p=0, as hf_padam.get_param_groups(model) does for biases and "
+            "norms",
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

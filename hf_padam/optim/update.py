@@ -199,7 +199,7 @@ def prepare(
         decay=decay,
         exponent=p_norm - 2,
         size_scale=min(scale, LARGEST),
-        young=correction2 / (_YOUNG_RATIO * correction1**2),
+        young=correction2 / _YOUNG_RATIO,
         late_decay=late_decay,
         fisher=fisher,
         s_rate=s_rate,

@@ -30,7 +30,16 @@ from ..optim.eight_bit import S_REFUSAL, PAdam8bit, check_installed
 from ..optim.hyperparameters import DEFAULT_LAMBDA_P, check_hyperparameters
 from ..optim.padam import PAdam
 from .callbacks import CallbackFromGroups
-from .options import OPTIONS, check_target, malformed, options_of, parse_optim_args, read, split_optim_args
+from .options import (
+    OPTIONS,
+    check_target,
+    malformed,
+    options_of,
+    parse_optim_args,
+    read,
+    split_optim_args,
+    with_defaults,
+)
 from .param_groups import get_param_groups
 
 NAME = "padam"
@@ -63,6 +72,7 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
         if options[key] not in (value, OPTIONS[key].default):
             raise ValueError(f"{key} is given twice: {options[key]!r}, and {value!r} in optim_args. Drop one of them")
         options[key] = value
+    options = with_defaults(options)
     check_target(options | {"p_norm_schedule": typed.p_norm_schedule})
     if options["target_sparsity"] is not None and (
         os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or args.deepspeed

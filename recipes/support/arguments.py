@@ -112,7 +112,7 @@ output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size 
 gradient_accumulation_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler_type
 warmup_steps bf16 activation_checkpointing logging_steps eval_strategy eval_steps save_strategy save_steps
 save_total_limit report_to run_name seed use_cpu resume_from_checkpoint nonfinite_gradients optim optim_args
-optim_target_modules p_norm lambda_p p_norm_schedule p_norm_start p_norm_schedule_share late_decay s_rate
+optim_target_modules p_norm lambda_p importance p_norm_schedule p_norm_start p_norm_schedule_share late_decay s_rate
 decay_embeddings dense_modules target_sparsity target_start target_end target_scope bf16_stochastic_round backend
 """.split()
 """The training options that `--help` shows; `--help_all` shows all of them."""

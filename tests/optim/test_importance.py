@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_padam import PAdam, PAdam8bit, TargetSparsity
+from hf_padam import PAdam, PAdam8bit, TargetSparsity, add_pnorm_decay
 from hf_padam.optim.importance import fisher_scale, measure
 from hf_padam.optim.update import YOUNG_STEPS
 
@@ -229,3 +229,39 @@ def test_all_at_once():
 def test_what_does_not_go_together_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         trained(0, **options)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "RAdam"])
+def test_relatives_of_adam_can_measure_by_their_own_second_moments(name):
+    torch.manual_seed(0)
+    spread = torch.where(torch.arange(64) < 32, 0.01, 1.0).expand(SHAPE)
+    weight = nn.Parameter(torch.full(SHAPE, 0.05))
+    optimizer = getattr(torch.optim, name)([weight], lr=1e-4)
+    add_pnorm_decay(optimizer, p_norm=0.5, lambda_p=0.3, importance="fisher")
+    for step in range(60):
+        weight.grad = noisy(step, spread)
+        optimizer.step()
+        assert step >= YOUNG_STEPS or weight.all()
+    assert (weight[:, :32] == 0).float().mean() > 0.9 and weight[:, 32:].all()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Muon", "Adafactor", "RMSprop"])
+def test_an_optimizer_without_second_moments_is_refused(name):
+    optimizer = getattr(torch.optim, name)([nn.Parameter(torch.ones(4, 4))])
+    with pytest.raises(ValueError, match=f"needs second moments, and {name} keeps none"):
+        add_pnorm_decay(optimizer, importance="fisher")
+
+
+def test_with_adam_the_decay_around_the_step_is_that_of_padam():
+    """But for weights with large gradients in a step, which only PAdam can see."""
+    weights = [nn.Parameter(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) * 0.05) for _ in range(2)]
+    padam = PAdam([weights[0]], lr=1e-3, p_norm=0.5, lambda_p=0.01, importance="fisher")
+    adam = torch.optim.Adam([weights[1]], lr=1e-3)
+    add_pnorm_decay(adam, p_norm=0.5, lambda_p=0.01, importance="fisher")
+    for step in range(40):
+        for weight, optimizer in zip(weights, (padam, adam), strict=True):
+            weight.grad = noisy(step, torch.ones(()))
+            optimizer.step()
+    assert ((weights[0] - weights[1]).abs() < 1e-5).float().mean() > 0.7
+    shares = [(weight == 0).float().mean().item() for weight in weights]
+    assert 0.05 < shares[0] <= shares[1] < 1.1 * shares[0]
