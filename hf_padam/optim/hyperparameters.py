@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +11,6 @@ from torch import Tensor
 from ..sparsity import count_zeros
 from .update import IMPORTANCES
 
-logger = logging.getLogger(__name__)
-
 DEFAULT_P_NORM = 0.8
 DEFAULT_LAMBDA_P = 0.1
 HYPERPARAMETERS = ("lr", "betas", "eps", "p_norm", "lambda_p", "weight_decay")
@@ -21,15 +18,10 @@ VARIANTS = ("importance", "late_decay", "s_rate")
 """Options of the update besides, which groups saved by earlier versions lack."""
 
 
-_SPARSE = 0.3
-"""Share of zeros from which weights are taken to be those of a sparse model."""
-
-
 def check_not_all_zeros(params: Sequence[tuple[str, Tensor]], cure: str) -> None:
     """Refuse tensors that start as zeros, at which a p-norm decay with p < 2 would hold them.
 
-    In a sparse model, one whose other tensors have zeros, a tensor may well have died as a whole: it stays zero, which
-    is said in a warning. A row, a column or an expert of zeros is no tensor of zeros.
+    A row, a column or an expert of zeros is no tensor of zeros.
 
     Args:
         params: The parameters that decay, with their names, before training. FSDP1's shards and meta tensors are not
@@ -45,14 +37,10 @@ def check_not_all_zeros(params: Sequence[tuple[str, Tensor]], cure: str) -> None
     if not dead:
         return
     name, param = dead[0]
-    alive = [count for count in counts if count.zeros < count.elements]
-    if sum(count.zeros for count in alive) > _SPARSE * sum(count.elements for count in alive):
-        logger.warning("%d tensors are all zeros, and stay so, in a model that is sparse: %s, ...", len(dead), name)
-        return
     raise ValueError(
         f"parameter {name}, of shape {tuple(param.shape)}, is all zeros. Under a p-norm decay with p < 2 zero is "
         "absorbing, so it would never train (biases, LoRA's B matrices and zero-initialised heads start like this). "
-        f"{cure}, or give it a non-zero start."
+        f"{cure}, or give it a non-zero start. (One that training made zero: freeze it, requires_grad_(False).)"
     )
 
 

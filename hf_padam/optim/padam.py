@@ -76,6 +76,8 @@ class PAdam(Optimizer):
             1/256 of a weight. Other dtypes are not affected.
         rounding_seed: Of that randomness, which is a function of the seed, the step, the parameter's place in the
             optimizer, its shard and the element: nothing else needs saving. Give all processes the same.
+        check_zero_start: Refuse decayed tensors that are all zeros now. If a state is to be loaded, call the method of
+            this name afterwards instead: what a state says was trained may have died as a whole.
         backend: "auto", "eager", "compiled" (CPU) or "triton" (GPU); see `hf_padam.optim.backends`.
 
     State, created at the first step: ``step`` (a scalar), ``exp_avg`` and ``exp_avg_sq`` (like the parameter, in its
@@ -104,6 +106,7 @@ class PAdam(Optimizer):
         bf16_stochastic_round: bool = False,
         rounding_seed: int = 0,
         backend: str = "auto",
+        check_zero_start: bool = True,
     ) -> None:
         """Validate everything and register the parameters; see the class for the arguments."""
         if backend not in backends.CHOICES:
@@ -116,14 +119,16 @@ class PAdam(Optimizer):
         defaults |= dict(bf16_stochastic_round=bf16_stochastic_round, rounding_seed=rounding_seed)
         check_hyperparameters(defaults)
         super().__init__(params, defaults)
-        self._check_zeros(self.param_groups)
+        self._built = True
+        if check_zero_start:
+            self.check_zero_start()
         rounded = [p for group in self.param_groups if group["bf16_stochastic_round"] for p in group["params"]]
         if rounded and not any(p.dtype == torch.bfloat16 for p in rounded):
             logger.warning("bf16_stochastic_round has no effect: none of the parameters is bf16 (autocast may be).")
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the backend when copied or pickled; torch keeps only state, groups and defaults."""
-        return {**super().__getstate__(), "backend": self.backend}
+        return {**super().__getstate__(), "backend": self.backend, "_built": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a state; groups that were saved before an option existed get its default."""
@@ -142,8 +147,8 @@ class PAdam(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-            if hasattr(self, "state") and self.state:  # else the constructor looks at all groups together
-                self._check_zeros(self.param_groups[-1:])
+            if getattr(self, "_built", False):
+                self.check_zero_start(self.param_groups[-1:])
         except (ValueError, RuntimeError):
             del self.param_groups[-1]
             raise
@@ -159,11 +164,24 @@ class PAdam(Optimizer):
                 )
             backends.check(self.backend, param.device)
 
-    def _check_zeros(self, groups: list[dict[str, Any]]) -> None:
-        """Refuse decaying tensors that start as zeros."""
+    def check_zero_start(self, groups: list[dict[str, Any]] | None = None) -> None:
+        """Refuse tensors that are all zeros and would have to stay so; not those that have a state, from training.
+
+        Args:
+            groups: Of this optimizer; all by default.
+
+        Raises:
+            ValueError: Naming the first.
+        """
+        groups = self.param_groups if groups is None else groups
         decaying = [g for g in groups if g["lambda_p"] > 0 and g["p_norm"] < 2 and not g["late_decay"]]
         check_not_all_zeros(
-            [(name, param) for group in decaying for name, param in named(group) if param.requires_grad],
+            [
+                (name, param)
+                for group in decaying
+                for name, param in named(group)
+                if param.requires_grad and not self.state.get(param)
+            ],
             "Put it in a parameter group with lambda_p=0, as hf_padam.get_param_groups(model) does for biases and "
             "norms",
         )

@@ -129,7 +129,7 @@ class _Factory:
                 f"p_norm_schedule={p_norm_schedule!r} would have no effect: this Trainer does not move p. Use "
                 'PAdamTrainer; or leave p_norm_schedule at "constant" and add PNormScheduleCallback to the callbacks'
             )
-        return build_optimizer(model, **options)
+        return build_optimizer(model, **options, check_zero_start=False)  # CallbackFromGroups checks, after loading
 
 
 def _handler(context: Any) -> tuple[type[_Factory], dict[str, Any]]:
