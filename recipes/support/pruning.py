@@ -153,8 +153,8 @@ class PruningArguments:
             asked = f"--prune_by {self.prune_by}"
         if asked and (not isinstance(optimizer, torch.optim.Adam | PAdam) or isinstance(optimizer, PAdam8bit)):
             raise UsageError(
-                f"{asked} needs the state of AdamW or PAdam, with its second moments, which {name} does not keep: give "
-                "--optim adamw_torch, or another method"
+                f"{asked} needs the state of AdamW or PAdam, with second moments in full, which {name} does not keep: "
+                "give --optim adamw_torch, or another method"
             )
 
     def _pruning(self, trainer: PAdamTrainer, params: list[nn.Parameter]) -> GradualPruning:
