@@ -3,7 +3,8 @@ r"""Fine-tune a causal language model with PAdam in a plain accelerate loop, for
     python recipes/finetune_clm_no_trainer.py recipes/configs/quickstart.yaml
     accelerate launch recipes/finetune_clm_no_trainer.py recipes/configs/quickstart.yaml
 
-Same model, data, options, results and pictures as finetune_clm.py; the training options are those of `LoopArguments`.
+Same model, data, options, results and pictures as finetune_clm.py; the training options are those of
+`LoopArguments`, PAdam's among them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator, get_scheduler
 
 from hf_padam import PAdam, Perplexity, PNormScheduler, TargetSparsity, WeightSparsity, get_param_groups
+from hf_padam.optim.hyperparameters import DEFAULT_LAMBDA_P
 from hf_padam.resuming.interruption import EXIT_STATUS, StopSignal
 from hf_padam.training.gradients import check_gradient_norm
 from hf_padam.training.metrics import sequence_nll
@@ -68,15 +70,19 @@ def main() -> None:
         groups = get_param_groups(
             model,
             p_norm=args.p_norm,
-            lambda_p=args.lambda_p,
+            lambda_p=DEFAULT_LAMBDA_P if args.lambda_p is None else args.lambda_p,
             weight_decay=args.weight_decay,
             p_norm_start=None if args.p_norm_schedule == "constant" else args.p_norm_start,
             late_decay=args.late_decay,
             s_rate=args.s_rate,
             decay_embeddings=args.decay_embeddings,
+            dense_modules=args.dense_modules,
         )
         decayed = [name for name, _ in groups[0]["params"]]
-        optimizer = PAdam(groups, lr=args.learning_rate)
+        if args.target_scope == "layer":  # which is a share of each group
+            groups[:1] = [groups[0] | {"params": [pair]} for pair in groups[0]["params"]]
+        rounding = {"bf16_stochastic_round": True, "rounding_seed": args.seed} if args.bf16_stochastic_round else {}
+        optimizer = PAdam(groups, lr=args.learning_rate, backend=args.backend, **rounding)
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
 
@@ -106,7 +112,8 @@ def main() -> None:
     steering = None
     if args.target_sparsity is not None:
         try:
-            steering = TargetSparsity(optimizer, args.target_sparsity, total_steps)
+            plan = {"start": args.target_start, "end": args.target_end, "per_group": args.target_scope == "layer"}
+            steering = TargetSparsity(optimizer, args.target_sparsity, total_steps, **plan)
         except ValueError as error:
             raise UsageError(f"--target_sparsity: {error}") from error
     if args.report_to != "none":
@@ -148,7 +155,12 @@ def main() -> None:
                     progress.losses.append(loss.detach())
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-                        check_gradient_norm(norm, progress.step + 1, accelerator)
+                        try:
+                            check_gradient_norm(norm, progress.step + 1, accelerator)
+                        except FloatingPointError:
+                            if args.nonfinite_gradients == "stop":
+                                raise
+                            optimizer.zero_grad()  # so that the step changes nothing
                         p_scheduler.step(progress.step)  # whose p depends on the steps so far, resumed or not
                         optimizer.step()
                         scheduler.step()
