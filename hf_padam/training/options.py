@@ -100,6 +100,8 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 _HINTS = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(PAdamOptions).items()}
 _HINTS["optim_target_modules"] = _HINTS["dense_modules"]
 _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+_LIST = re.compile(r"""\[\s*["'\]]|\[[^\]]*$""")
+"""How a list begins; a regular expression may begin with a set of characters."""
 _NEXT_KEY = re.compile(r',(?=\s*\w+\s*=)(?=(?:[^"]*"[^"]*")*[^"]*$)')
 """A comma between pairs: before the next key, and not within double quotes."""
 
@@ -122,8 +124,8 @@ def read(name: str, value: Any) -> Any:
     types, text = _HINTS[name], value
     if isinstance(value, str):
         value = value.strip()
-        if list[str] in types and value[:1] == "[" and (re.search("[\"']", value) or value[-1] != "]"):
-            try:  # what is left is a regular expression that begins with a set of characters
+        if list[str] in types and _LIST.match(value):
+            try:
                 value = json.loads(value)
             except ValueError as error:
                 raise ValueError(f"{name}={text!r} is not a list in JSON: {error}") from error
