@@ -37,6 +37,14 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def shard_coordinate(tensor: Tensor) -> tuple[int, ...]:
+    """Return which shard of a DTensor this process holds; replicas of one shard get the same answer."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    coordinate = tensor.device_mesh.get_coordinate() or ()
+    return tuple(c for c, p in zip(coordinate, tensor.placements, strict=False) if not p.is_replicate())
+
+
 def local_shard(tensor: Tensor) -> tuple[Tensor, Any]:
     """Return the part of a tensor that is held here, and how the tensor is sharded (None where it is not).
 

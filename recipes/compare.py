@@ -4,12 +4,16 @@ r"""Compare PAdam with what people use instead: same data, same order, same step
 
 The file names a recipe, options common to all runs, the seeds, and for each method a list of settings; `dense` is the
 method with whose best loss others are compared, `reference` the one whose loss at the same sparsity is, seed by seed.
+A setting may have `seeds` of its own. Runs are made seed by seed, of each seed the first setting of every method, then
+the second ones: where settings go by sparsity, whole comparisons are finished one after another. --methods and --seeds
+make those runs only, and table them beside what is finished.
+
 Every run is that recipe in a process of its own, one on each GPU where there are several; `log.txt`, `results.json`
 and `run_config.yaml` of each are in a directory named after it. Interrupted, the same command goes on with the runs
 that are not finished. A setting of which a run fails, for its loss grows out of bounds for example, is named and left
 out of the table; the same command tries it again. Options after the file go to the recipe.
 
-In the output directory: pareto.md (the table), pareto.csv (every seed) and pareto.png.
+In the output directory, of all that is finished: pareto.md (the table), pareto.csv (every seed) and pareto.png.
 """
 
 from __future__ import annotations
@@ -41,13 +45,21 @@ def plan_jobs(plan: dict[str, Any], extra: dict[str, Any], directory: Path) -> d
     for method, settings in plan["methods"].items():
         if not isinstance(settings, list) or not settings or not all(isinstance(o, dict) for o in settings):
             raise UsageError(f"method {method!r}: its settings must be a list of mappings from options to values")
+        for options in settings:
+            own = seeds_of(options, plan)
+            if not isinstance(own, list) or not own or not set(own) <= set(plan["seeds"]):
+                raise UsageError(
+                    f"method {method!r}: seeds {own!r} must be a list of some of the plan's, {plan['seeds']}"
+                )
         for name in ({"seed"} | {name for options in settings for name in options}) & extra.keys():
             raise UsageError(
                 f"--{name} is what the plan varies: change it there ({method!r}), not on the command line"
             )
     jobs = {}
-    for seed, (method, settings) in itertools.product(plan["seeds"], plan["methods"].items()):
-        for number, options in enumerate(settings):
+    longest = max(map(len, plan["methods"].values()))
+    for seed, number, (method, settings) in itertools.product(plan["seeds"], range(longest), plan["methods"].items()):
+        if number < len(settings) and seed in seeds_of(settings[number], plan):
+            options = options_of(settings[number])
             name = re.sub(r"[^a-z0-9.]+", "_", f"{method} {setting(options)}".lower()).strip("_")
             merged = plan["options"] | options | extra | {"seed": seed}
             jobs[method, number, seed] = Job(plan["recipe"], merged, directory / f"{name}-seed{seed}")
@@ -57,18 +69,30 @@ def plan_jobs(plan: dict[str, Any], extra: dict[str, Any], directory: Path) -> d
     return jobs
 
 
+def seeds_of(settings: dict[str, Any], plan: dict[str, Any]) -> Any:
+    """Return the seeds of one setting: its own, or the plan's."""
+    return settings.get("seeds", plan["seeds"])
+
+
+def options_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what of one setting goes to the recipe."""
+    return {name: value for name, value in settings.items() if name != "seeds"}
+
+
 def collect(plan: dict[str, Any], results: dict[tuple[str, int, int], dict[str, Any]]) -> list[Point]:
     """Gather results into points: one for each setting, and one for each one-shot pruning of its models."""
     points: dict[tuple[str, int, str], Point] = {}
-    for (method, number, _), result in results.items():
-        options = setting(plan["methods"][method][number])
+    for (method, number, seed), result in sorted(results.items(), key=lambda item: item[0][1:]):
+        options = setting(options_of(plan["methods"][method][number]))
         rows = [(method, options, result)]
         for row in result.get("one_shot", []):
             share = f"share {row['share']:g}"
             rows.append((f"{method}, one-shot {row['method']}", f"{options}, {share}" if options else share, row))
         for name, text, row in rows:
             point = points.setdefault((name, number, text), Point(name, text))
+            point.seeds.append(seed)
             point.losses.append(row["validation_loss"])
+            point.test_losses.append(row.get("test_loss"))
             point.best_losses.append(min(row["validation_loss"], row.get("best_validation_loss") or math.inf))
             point.sparsities.append(row["sparsity"])
             point.others.setdefault("whole model", []).append(row["sparsity_total"])
@@ -77,31 +101,60 @@ def collect(plan: dict[str, Any], results: dict[tuple[str, int, int], dict[str, 
     return sorted(points.values(), key=lambda p: order.index(p.method))
 
 
+def tabulate(plan: dict[str, Any], outcomes: dict[tuple[str, int, int], Any], directory: Path) -> Comparison | None:
+    """Write the table, the picture and the CSV file of the runs so far, without settings of which a run has failed."""
+    failed = {key[:2] for key, outcome in outcomes.items() if isinstance(outcome, RunFailed)}
+    results = {key: outcome for key, outcome in outcomes.items() if key[:2] not in failed}
+    if not results:
+        return None
+    comparison = Comparison(collect(plan, results), plan.get("dense"), plan.get("reference"))
+    seeds = ", ".join(map(str, sorted({seed for _, _, seed in results})))
+    machines = "; ".join(sorted({result["hardware"] for result in results.values()}))
+    comparison.write(directory, plan["title"], f"Seeds {seeds}. Each run on: {machines}.")
+    return comparison
+
+
 @reports_usage_errors
 def main() -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], epilog="Other options are passed to the recipe."
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Other options are passed to the recipe.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "plan", metavar="PLAN.yaml", help="what to compare, e.g. recipes/configs/compare_char_cpu.yaml"
     )
     parser.add_argument("--output_dir", default="runs/compare", help="where everything goes")
     parser.add_argument("--jobs", type=int, help="runs at a time; by default one per GPU, or one")
+    parser.add_argument("--methods", nargs="+", help="run these of the plan's methods only")
+    parser.add_argument("--seeds", nargs="+", type=int, help="run these of the plan's seeds only")
     args, remaining = parser.parse_known_args()
     plan, extra = read_plan(args.plan, KEYS, COMPARED_WITH), extra_options(remaining)
     for name in COMPARED_WITH.keys() & plan.keys():
         if plan[name] not in plan["methods"]:
             raise UsageError(f"{args.plan}: {name} is {plan[name]!r}, which is not among the methods")
+    for name in ("methods", "seeds"):
+        for value in getattr(args, name) or []:
+            if value not in plan[name]:
+                raise UsageError(f"--{name} {value} is not among the plan's: {', '.join(map(str, plan[name]))}")
     directory = check_output_dir(args.output_dir)
     jobs = plan_jobs(plan, extra, directory)
-    for job in list(jobs.values())[: len(jobs) // len(plan["seeds"])]:  # those of one seed
+    for job in {key[:2]: job for key, job in jobs.items()}.values():  # of one seed
         check_options(job)
     runner = Runner(args.jobs)
+    asked = {
+        key: job
+        for key, job in jobs.items()
+        if key[0] in (args.methods or plan["methods"]) and key[2] in (args.seeds or plan["seeds"])
+    }
+    earlier = {key: runner.finished(job) for key, job in jobs.items() if key not in asked}
+    outcomes: dict[tuple[str, int, int], Any] = {key: result for key, result in earlier.items() if result is not None}
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as progress:
-        task = progress.add_task("runs", total=len(jobs))
+        task = progress.add_task("runs", total=len(asked))
+        keys = {job.output_dir: key for key, job in asked.items()}
 
         def done(job: Job, result: dict[str, Any] | RunFailed) -> None:
             if isinstance(result, RunFailed):
@@ -110,23 +163,17 @@ def main() -> None:
                 text = f"loss {result['validation_loss']:.4f}, zeros {result['sparsity']:.2%}"
             progress.console.print(f"{job.output_dir.name}: {text}", highlight=False)
             progress.advance(task)
+            outcomes[keys[job.output_dir]] = result
+            tabulate(plan, outcomes, directory)
 
-        outcomes = dict(zip(jobs, runner.run_all(list(jobs.values()), done), strict=True))
-    failures = {key[:2]: outcome for key, outcome in outcomes.items() if isinstance(outcome, RunFailed)}
-    results = {
-        key: outcome
-        for key, outcome in outcomes.items()
-        if key[:2] not in failures and not isinstance(outcome, RunFailed)
-    }
-    if results:
-        comparison = Comparison(collect(plan, results), plan.get("dense"), plan.get("reference"))
-        seeds = ", ".join(map(str, plan["seeds"]))
-        machines = "; ".join(sorted({result["hardware"] for result in results.values()}))
-        comparison.write(directory, plan["title"], f"Seeds {seeds}. Each run on: {machines}.")
+        runner.run_all(list(asked.values()), done)
+    comparison = tabulate(plan, outcomes, directory)
+    if comparison:
         comparison.print(plan["title"])
         print(f"pareto.md, pareto.csv and pareto.png are in {directory}")
-    if failures:
-        raise next(iter(failures.values()))
+    for outcome in outcomes.values():
+        if isinstance(outcome, RunFailed):
+            raise outcome
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def main() -> None:
 
     # 4. What comes out: model and tokenizer first, the results last.
     save_model(output_dir, trainer.save_model, args.should_save)
-    one_shot = evaluate_one_shot(trainer, pruning_args.one_shot)
+    one_shot = evaluate_one_shot(trainer, pruning_args, splits["test"])
     block_size = len(next(iter(splits["train"]))["input_ids"])
     report.conclude(
         output_dir,

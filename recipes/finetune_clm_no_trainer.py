@@ -32,6 +32,7 @@ from hf_padam.optim.hyperparameters import DEFAULT_LAMBDA_P
 from hf_padam.resuming.interruption import EXIT_STATUS, StopSignal
 from hf_padam.training.gradients import check_gradient_norm
 from hf_padam.training.metrics import sequence_nll
+from hf_padam.training.options import with_defaults
 
 
 def parse(argv: list[str]) -> tuple[Any, ...]:
@@ -67,9 +68,11 @@ def main() -> None:
 
     # 1. Two parameter groups; that is all there is to PAdam in a loop of one's own.
     try:
+        decay = with_defaults(vars(args))
         groups = get_param_groups(
             model,
-            p_norm=args.p_norm,
+            p_norm=decay["p_norm"],
+            importance=decay["importance"],
             lambda_p=DEFAULT_LAMBDA_P if args.lambda_p is None else args.lambda_p,
             weight_decay=args.weight_decay,
             p_norm_start=None if args.p_norm_schedule == "constant" else args.p_norm_start,

@@ -152,7 +152,7 @@ def main() -> None:
     # 4. What comes out: the model first, the results last.
     model.config.use_cache = True
     save_model(output_dir, trainer.save_model, args.should_save)
-    one_shot = evaluate_one_shot(trainer, pruning_args.one_shot)
+    one_shot = evaluate_one_shot(trainer, pruning_args)
     history = trainer.state.log_history
     evaluations = [row for row in history if "eval_perplexity" in row]
     best = min(evaluations, key=lambda row: row["eval_perplexity"], default=None)

@@ -87,3 +87,15 @@ def blocks(rows: int = 32, length: int = 32) -> list[dict[str, list[int]]]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(2, len(CHARACTERS), (rows, length), generator=generator).tolist()
     return [{"input_ids": row, "labels": list(row)} for row in ids]
+
+
+OPTIM_ARGS = "p_norm=0.5,lambda_p=0.3"
+
+
+def options(tmp_path, **more) -> dict:
+    """Training arguments of a short run with PAdam."""
+    return {
+        "output_dir": str(tmp_path), "optim": "padam", "optim_args": OPTIM_ARGS, "learning_rate": 3e-3,
+        "max_steps": 20, "per_device_train_batch_size": 4, "logging_steps": 5, "save_strategy": "no",
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+    } | more  # fmt: skip

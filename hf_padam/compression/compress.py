@@ -2,7 +2,7 @@
 
 A compressed directory holds what the original held, in the same number of weight files of the same names: safetensors
 files, in which every tensor is the bytes of its packed form (`packing`). Its config.json says so under
-`quantization_config`, by which Transformers finds the loader (`compressed_loading`). Each weight file carries the
+`quantization_config`, by which Transformers finds the loader (`loading`). Each weight file carries the
 checksums of its own header, of config.json and of the index.
 """
 

@@ -7,6 +7,7 @@ the hooks that every `torch.optim.Optimizer` has.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sparsity import local_tensor
-from .hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, check_hyperparameters, check_not_all_zeros
+from .hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, check_hyperparameters, check_not_all_zeros, named
+from .importance import SCALE, update_scale
 from .padam import PAdam, unwrap
 from .update import FLUSH_THRESHOLD, Form, Scalars, inverse_factor, prepare
 
@@ -31,6 +33,7 @@ def add_pnorm_decay(
     *,
     p_norm: float = DEFAULT_P_NORM,
     lambda_p: float = DEFAULT_LAMBDA_P,
+    importance: str = "magnitude",
     params: Mapping[str, Tensor] | Iterable[Tensor | tuple[str, Tensor]] | None = None,
 ) -> None:
     """Make every later ``optimizer.step()`` end with pWD, for any torch optimizer whose groups have an `lr`.
@@ -54,6 +57,7 @@ def add_pnorm_decay(
         optimizer: Any but `PAdam`; if accelerate has wrapped it, the one inside.
         p_norm: See `PAdam`.
         lambda_p: See `PAdam`.
+        importance: See `PAdam`; "fisher" is for optimizers that keep `exp_avg_sq`, AdamW and its relatives.
         params: The parameters that decay; with their names, such as ``decayed_parameters(model)``, errors name them.
             Without it all do, biases, norms and embeddings too. Groups that hold others too are divided in two; others
             get ``lambda_p=0``.
@@ -61,8 +65,9 @@ def add_pnorm_decay(
     Raises:
         TypeError: If `optimizer` is no torch optimizer.
         ValueError: If the optimizer has pWD already, or no learning rate (Adafactor's ``relative_step=True``); if a
-            number is out of range, a parameter not one of the optimizer's, not floating-point or all zeros; if a
-            schedule has been built over a group to be divided.
+            number is out of range, a parameter not one of the optimizer's, not floating-point or all zeros; if
+            "fisher" is asked of an optimizer without second moments; if a schedule has been built over a group to be
+            divided.
         RuntimeError: From ``step``, if a gradient is sparse.
     """
     inner = unwrap(optimizer)
@@ -90,11 +95,13 @@ def add_pnorm_decay(
                 f"{len(foreign)} of the {len(pairs)} parameters in params ({foreign[0]}, ...) are not in this {kind}: "
                 "give it the parameters to decay too, and add the decay before they are wrapped or sharded"
             )
-    divided = [part for group in inner.param_groups for part in _divide(group, names, p_norm, lambda_p)]
+    if importance == "fisher" and _keeps_second_moments(inner) is False:
+        raise ValueError(_NO_SECOND_MOMENTS.format(kind))
+    divided = [part for group in inner.param_groups for part in _divide(group, names, p_norm, lambda_p, importance)]
     for group in divided:
         _check_group(group, kind, names or {})
     inner.param_groups[:] = divided
-    _PNormDecay(inner, p_norm, lambda_p if params is None else 0.0)
+    _PNormDecay(inner, p_norm, lambda_p if params is None else 0.0, importance)
     _attached.add(inner)
 
 
@@ -107,10 +114,10 @@ def has_pnorm_decay(optimizer: Any) -> bool:
 class _PNormDecay:
     """The hooks of one optimizer, and what they keep during a step."""
 
-    def __init__(self, optimizer: Optimizer, p_norm: float, lambda_p: float) -> None:
-        self._defaults = {"p_norm": p_norm, "lambda_p": lambda_p}  # of groups added later
+    def __init__(self, optimizer: Optimizer, p_norm: float, lambda_p: float, importance: str) -> None:
+        self._defaults = {"p_norm": p_norm, "lambda_p": lambda_p, "importance": importance}  # of groups added later
         self._groups = len(optimizer.param_groups)
-        self._kept: list[tuple[Tensor, Tensor, Scalars]] = []
+        self._kept: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
         self._before_loading: list[dict[str, Any]] = []
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
@@ -126,21 +133,22 @@ class _PNormDecay:
         found_inf = getattr(optimizer, "found_inf", None)  # GradScaler leaves it to fused optimizers to skip the step
         if found_inf is not None and bool(found_inf):
             return
+        update_scale(optimizer)
         closure = _closure(args, kwargs)
         for group in optimizer.param_groups:
-            scalars = decay_scalars(group)
+            decays = decay_scalars(group).form is not Form.NONE
             for param in group["params"]:
                 # A closure computes the gradients later.
-                if (_has_gradient(param) or closure and param.requires_grad) and scalars.form is not Form.NONE:
-                    self._kept.append((param, local_tensor(param).clone(), scalars))
+                if (_has_gradient(param) or closure and param.requires_grad) and decays:
+                    self._kept.append((param, local_tensor(param).clone(), group))
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         closure = _closure(args, kwargs)
         while self._kept:
-            param, before, scalars = self._kept.pop()
+            param, before, group = self._kept.pop()
             if not closure or _has_gradient(param):
-                _decay_(local_tensor(param), before, scalars)
+                _decay_(local_tensor(param), before, group, optimizer.state[param])
 
     def _adopt_new_groups(self, optimizer: Optimizer) -> None:
         """Complete and check the groups that were added since the last step."""
@@ -161,28 +169,70 @@ class _PNormDecay:
                 group.setdefault(name, value)
 
 
-def _decay_(weight: Tensor, before: Tensor, scalars: Scalars) -> None:
+def _decay_(weight: Tensor, before: Tensor, group: dict[str, Any], state: Mapping[str, Any]) -> None:
     """Shrink a weight by the factor of what it was before the step, in place."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    new = weight.to(dtype) / inverse_factor(before.to(dtype), scalars)
+    if group["importance"] == "fisher":
+        if "exp_avg_sq" not in state:
+            raise ValueError(_NO_SECOND_MOMENTS.format("this optimizer"))
+        second = local_tensor(state["exp_avg_sq"])
+        second = (second.dequantize() if hasattr(second, "codes") else second).to(dtype)
+        scalars = decay_scalars(group, int(state["step"]))
+        inverse = inverse_factor(before.to(dtype), scalars, root=second.sqrt(), young=second == 0)
+    else:
+        scalars = decay_scalars(group)
+        inverse = inverse_factor(before.to(dtype), scalars)
+    new = weight.to(dtype) / inverse
     if scalars.form.makes_zeros:
         new = torch.where(new.abs() < FLUSH_THRESHOLD, 0.0, new)
     weight.copy_(new)
 
 
-def decay_scalars(values: Mapping[str, Any]) -> Scalars:
-    """Check `lr`, `p_norm` and `lambda_p`, of a parameter group for example, and prepare the decay of a step.
+def decay_scalars(values: Mapping[str, Any], step: int = 1) -> Scalars:
+    """Check `lr`, `p_norm`, `lambda_p` and `importance`, of a parameter group for example, and prepare a step's decay.
+
+    Args:
+        values: These, and under "fisher" the group's `betas` and the scale of the importance.
+        step: Its number, on which the decay under "fisher" depends.
 
     Raises:
         ValueError: As `check_hyperparameters` does.
     """
-    check_hyperparameters({name: values[name] for name in ("lr", "p_norm", "lambda_p")} | _NOT_OURS)
-    lr, p_norm, lambda_p = (float(values[name]) for name in ("lr", "p_norm", "lambda_p"))
-    return prepare(1, lr=lr, p_norm=p_norm, lambda_p=lambda_p, **_NOT_OURS)
+    importance = values.get("importance", "magnitude")
+    check_hyperparameters(
+        {name: values[name] for name in ("lr", "p_norm", "lambda_p")} | _NOT_OURS | {"importance": importance}
+    )
+    options = {name: float(values[name]) for name in ("lr", "p_norm", "lambda_p")} | _NOT_OURS
+    if importance == "fisher":
+        beta2 = values["betas"][1] if "betas" in values else 0.0
+        options |= {"importance": importance, "betas": (0.0, beta2), SCALE: values.get(SCALE, 1.0)}
+    return prepare(step, **options)
+
+
+_NO_SECOND_MOMENTS = (
+    'importance="fisher" needs second moments, and {} keeps none (exp_avg_sq): take AdamW or one of its relatives, '
+    'optim="padam", or importance="magnitude"'
+)
+
+
+def _keeps_second_moments(optimizer: Optimizer) -> bool | None:
+    """Whether an optimizer's state has `exp_avg_sq`: seen there, or on a small twin; None if neither can be had."""
+    states = [state for state in optimizer.state.values() if state]
+    if not states:
+        known = inspect.signature(type(optimizer).__init__).parameters
+        param = torch.nn.Parameter(torch.ones(4, 4))
+        param.grad = torch.ones(4, 4)
+        try:
+            twin = type(optimizer)([param], **{k: v for k, v in optimizer.defaults.items() if k in known})
+            twin.step()
+        except Exception:  # other libraries' constructors and devices: the first step will tell
+            return None
+        states = [twin.state[param]]
+    return "exp_avg_sq" in states[0]
 
 
 def _divide(
-    group: dict[str, Any], names: dict[int, str] | None, p_norm: float, lambda_p: float
+    group: dict[str, Any], names: dict[int, str] | None, p_norm: float, lambda_p: float, importance: str
 ) -> list[dict[str, Any]]:
     """Return a group as one or two, of which the first decays if any does. State is kept by parameter, so it stays."""
     decays = [names is None or id(param) in names for param in group["params"]]
@@ -194,7 +244,7 @@ def _divide(
         )
     parts = []
     for kind in kinds:
-        part = group | {"p_norm": p_norm, "lambda_p": lambda_p if kind else 0.0}
+        part = group | {"p_norm": p_norm, "lambda_p": lambda_p if kind else 0.0, "importance": importance}
         for key in ("params", "param_names"):  # aligned lists
             if key in group:
                 part[key] = [item for item, decay in zip(group[key], decays, strict=True) if decay is kind]
@@ -212,8 +262,8 @@ def _check_group(group: dict[str, Any], kind: str, names: dict[int, str]) -> Non
     decay_scalars(group)
     if group["lambda_p"] == 0:
         return
-    own_names = group.get("param_names") or [f"number {i} of its group" for i in range(len(group["params"]))]
-    for own_name, param in zip(own_names, group["params"], strict=True):
+    decays: list[tuple[str, Tensor]] = []
+    for own_name, param in named(group):
         name = names.get(id(param)) or own_name
         if not param.is_floating_point():
             raise ValueError(
@@ -221,8 +271,9 @@ def _check_group(group: dict[str, Any], kind: str, names: dict[int, str]) -> Non
                 "leave it out of params"
             )
         if group["p_norm"] < 2 and param.requires_grad:
-            cure = "Leave it out of the decay, for example with params=hf_padam.decayed_parameters(model).items()"
-            check_not_all_zeros(name, param, cure)
+            decays.append((name, param))
+    cure = "Leave it out of the decay, for example with params=hf_padam.decayed_parameters(model).items()"
+    check_not_all_zeros(decays, cure)
 
 
 def _has_gradient(param: Tensor) -> bool:

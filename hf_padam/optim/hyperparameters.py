@@ -3,44 +3,51 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..sparsity import count_zeros
+from .update import IMPORTANCES
 
 DEFAULT_P_NORM = 0.8
 DEFAULT_LAMBDA_P = 0.1
 HYPERPARAMETERS = ("lr", "betas", "eps", "p_norm", "lambda_p", "weight_decay")
-VARIANTS = ("late_decay", "s_rate")
-"""Options of the update that other decays do not have; the rest of what `prepare` takes."""
+VARIANTS = ("importance", "late_decay", "s_rate")
+"""Options of the update besides, which groups saved by earlier versions lack."""
 
 
-def _starts_at_zero(param: Tensor) -> bool:
-    """Whether all of a parameter, over all shards, is zero. FSDP1's shards and meta tensors cannot be judged."""
-    if param.is_meta or hasattr(param, "_fsdp_flattened"):
-        return False
-    (count,) = count_zeros({"": param})
-    return 0 < count.elements == count.zeros
+def check_not_all_zeros(params: Sequence[tuple[str, Tensor]], cure: str) -> None:
+    """Refuse tensors that start as zeros, at which a p-norm decay with p < 2 would hold them.
 
-
-def check_not_all_zeros(name: str, param: Tensor, cure: str) -> None:
-    """Refuse a tensor that p-norm decay with p < 2 would hold at zero.
+    A row, a column or an expert of zeros is no tensor of zeros.
 
     Args:
-        name: Of the parameter, for the message.
-        param: The parameter, before training.
+        params: The parameters that decay, with their names, before training. FSDP1's shards and meta tensors are not
+            judged.
         cure: What the message advises, but for a non-zero start.
 
     Raises:
-        ValueError: If every element, over all shards, is zero.
+        ValueError: If every element of a tensor, over all shards, is zero.
     """
-    if _starts_at_zero(param):
-        raise ValueError(
-            f"parameter {name}, of shape {tuple(param.shape)}, is all zeros. Under a p-norm decay with p < 2 zero is "
-            "absorbing, so it would never train (biases, LoRA's B matrices and zero-initialised heads start like "
-            f"this). {cure}, or give it a non-zero start."
-        )
+    judged = [(name, p) for name, p in params if not p.is_meta and not hasattr(p, "_fsdp_flattened")]
+    counts = count_zeros({str(i): param for i, (_, param) in enumerate(judged)})
+    dead = [judged[int(count.name)] for count in counts if 0 < count.elements == count.zeros]
+    if not dead:
+        return
+    name, param = dead[0]
+    raise ValueError(
+        f"parameter {name}, of shape {tuple(param.shape)}, is all zeros. Under a p-norm decay with p < 2 zero is "
+        "absorbing, so it would never train (biases, LoRA's B matrices and zero-initialised heads start like this). "
+        f"{cure}, or give it a non-zero start. (One that training made zero: freeze it, requires_grad_(False).)"
+    )
+
+
+def named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """Return the parameters of a group with their names, or their numbers."""
+    names = group.get("param_names") or [f"number {i} of its group" for i in range(len(group["params"]))]
+    return list(zip(names, group["params"], strict=True))
 
 
 def check_hyperparameters(values: dict[str, Any]) -> None:
@@ -60,7 +67,7 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
         ("betas[0]", betas[0], 0.0, 1.0, "a number in [0, 1)"),
         ("betas[1]", betas[1], 0.0, 1.0, "a number in [0, 1)"),
         ("eps", values["eps"], 2.0**-126, math.inf, "a positive number, representable in fp32 (at least 2^-126)"),
-        ("p_norm", values["p_norm"], 2.0**-126, math.inf, "a positive finite number; below 2 it makes zeros"),
+        ("p_norm", values["p_norm"], -math.inf, math.inf, "a finite number, or -inf; below 2 it makes zeros"),
         ("lambda_p", values["lambda_p"], 0.0, math.inf, "a finite number of at least 0"),
         ("weight_decay", values["weight_decay"], 0.0, math.inf, "a finite number of at least 0"),
     ):
@@ -78,6 +85,16 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
             raise ValueError(f"{name}={values[name]!r} is not allowed: it must be {what}")
         if name == "s_rate" and not 0 < values.get(name, 1) <= 1:
             raise ValueError(f"{name}={values[name]!r} is not allowed: it must be {what}")
+    if values.get("importance", "magnitude") not in IMPORTANCES:
+        raise ValueError(
+            f"importance={values['importance']!r} is not allowed: it must be one of {', '.join(IMPORTANCES)}"
+        )
+    if values.get("s_rate", 1) < 1 and (values.get("importance") == "fisher" or values["p_norm"] < 0):
+        other = 'importance="fisher"' if values.get("importance") == "fisher" else f"p_norm={values['p_norm']}"
+        raise ValueError(
+            f"s_rate={values['s_rate']} and {other} exclude each other: s follows |w|^(p-2), for p of at least 0. "
+            "Leave s_rate at 1"
+        )
     if values.get("late_decay") and values["s_rate"] < 1:
         raise ValueError(
             f"late_decay=True and s_rate={values['s_rate']} exclude each other: s follows the weight before the step. "

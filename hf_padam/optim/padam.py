@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..sparsity import local_tensor
+from ..sparsity import local_tensor, shard_coordinate
 from . import backends
 from .hyperparameters import (
     DEFAULT_LAMBDA_P,
@@ -26,7 +26,9 @@ from .hyperparameters import (
     VARIANTS,
     check_hyperparameters,
     check_not_all_zeros,
+    named,
 )
+from .importance import REFERENCE, SCALE, update_scale
 from .update import Rounding, Scalars, initial_s, prepare, random_key
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,8 @@ class PAdam(Optimizer):
 
     For ``p_norm < 2`` small weights become exact zeros, and zeros are absorbing: a weight that is exactly zero stays
     zero. So a sparse model stays sparse with no mask, and a tensor that *starts* at zero can never train, which is
-    refused.
+    refused. With ``importance="fisher"``, which is not the paper's, the size of a weight is ``|w| * sqrt(v) / mu`` in
+    place of ``|w|``: what the loss would lose with it, not how large it is (see `hf_padam.optim.update`).
 
     The code that the paper's authors released multiplies its lambda by p: ``lambda_p`` here is ``p`` times theirs.
 
@@ -54,21 +57,27 @@ class PAdam(Optimizer):
         lr: Learning rate, at least 0.
         betas: Decay rates of the two moment estimates, each in [0, 1).
         eps: Added to the root of the second moment; positive.
-        p_norm: The norm's p, positive. Below 1 small weights die fast and large ones are left alone; 2 is AdamW's.
+        p_norm: The norm's p, any number; 2 is AdamW's decay. Below 2 it makes zeros. The smaller it is, the faster
+            small weights die and the less is taken off large ones, down to ``-inf``: what is below a size is pruned,
+            all else left alone. (The size is 1 for any `lambda_p`: this is for `TargetSparsity`, which chooses it.)
         lambda_p: Strength of the p-norm decay, at least 0.
         weight_decay: Strength of the L2 decay (the paper's lambda_2), at least 0. As in AdamW, up to order lr^2.
+        importance: By what the decay measures a weight: "magnitude", the paper's method, or "fisher". Under that the
+            first 10 steps of a parameter do not decay, nor does a weight that has had no gradient, or its first few.
         late_decay: Take the factor from the weight after Adam's step, ``w_{t-1} - lr * u_t``, in place of
             ``w_{t-1}``. A weight that is exactly zero then leaves zero as soon as it has a gradient, so models end
             sparse only where gradients are zero, and tensors may start at zero.
         s_rate: In (0, 1]. Below 1 the power ``|w_{t-1}|^(p_norm - 2)`` gives way to ``s``, which follows it as an
             exponential moving average: ``s_t = (1 - s_rate) * s_{t-1} + s_rate * |w_{t-1}|^(p_norm - 2)``, from
             ``s_0 = |w_0|^(p_norm - 2)``. (In the paper `s` is an auxiliary variable that is at its optimum at all
-            times, ``s_rate=1``.) Zero absorbs as ever. Not together with `late_decay`.
+            times, ``s_rate=1``.) Zero absorbs as ever. Not together with `late_decay`, "fisher" or a negative p.
         bf16_stochastic_round: Round bf16 weights and second moments up or down at random, so that the mean is exact.
             For models whose weights are bf16 (not for autocast): rounding to the nearest loses every change below
             1/256 of a weight. Other dtypes are not affected.
         rounding_seed: Of that randomness, which is a function of the seed, the step, the parameter's place in the
             optimizer, its shard and the element: nothing else needs saving. Give all processes the same.
+        check_zero_start: Refuse decayed tensors that are all zeros now. If a state is to be loaded, call the method of
+            this name afterwards instead: what a state says was trained may have died as a whole.
         backend: "auto", "eager", "compiled" (CPU) or "triton" (GPU); see `hf_padam.optim.backends`.
 
     State, created at the first step: ``step`` (a scalar), ``exp_avg`` and ``exp_avg_sq`` (like the parameter, in its
@@ -91,28 +100,35 @@ class PAdam(Optimizer):
         lambda_p: float = DEFAULT_LAMBDA_P,
         weight_decay: float = 0.0,
         *,
+        importance: str = "magnitude",
         late_decay: bool = False,
         s_rate: float = 1.0,
         bf16_stochastic_round: bool = False,
         rounding_seed: int = 0,
         backend: str = "auto",
+        check_zero_start: bool = True,
     ) -> None:
         """Validate everything and register the parameters; see the class for the arguments."""
         if backend not in backends.CHOICES:
             raise ValueError(f"backend={backend!r} is not one of {', '.join(backends.CHOICES)}")
         self.backend = backend
-        defaults = dict(lr=lr, betas=betas, eps=eps, p_norm=p_norm, lambda_p=lambda_p, weight_decay=weight_decay)
-        defaults |= dict(late_decay=late_decay, s_rate=s_rate)
+        defaults: dict[str, Any] = dict(
+            lr=lr, betas=betas, eps=eps, p_norm=p_norm, lambda_p=lambda_p, weight_decay=weight_decay
+        )
+        defaults |= dict(importance=importance, late_decay=late_decay, s_rate=s_rate)
         defaults |= dict(bf16_stochastic_round=bf16_stochastic_round, rounding_seed=rounding_seed)
         check_hyperparameters(defaults)
         super().__init__(params, defaults)
+        self._built = True
+        if check_zero_start:
+            self.check_zero_start()
         rounded = [p for group in self.param_groups if group["bf16_stochastic_round"] for p in group["params"]]
         if rounded and not any(p.dtype == torch.bfloat16 for p in rounded):
             logger.warning("bf16_stochastic_round has no effect: none of the parameters is bf16 (autocast may be).")
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the backend when copied or pickled; torch keeps only state, groups and defaults."""
-        return {**super().__getstate__(), "backend": self.backend}
+        return {**super().__getstate__(), "backend": self.backend, "_built": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a state; groups that were saved before an option existed get its default."""
@@ -131,6 +147,8 @@ class PAdam(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
+            if getattr(self, "_built", False):
+                self.check_zero_start(self.param_groups[-1:])
         except (ValueError, RuntimeError):
             del self.param_groups[-1]
             raise
@@ -138,22 +156,35 @@ class PAdam(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_hyperparameters(group)
         self._keeps_s(group)
-        absorbing = group["lambda_p"] > 0 and group["p_norm"] < 2 and not group["late_decay"]
-        names = group.get("param_names") or [f"number {i} of its group" for i in range(len(group["params"]))]
-        for name, param in zip(names, group["params"], strict=True):
+        for name, param in named(group):
             if not param.is_floating_point():
                 raise ValueError(
                     f"parameter {name} has dtype {param.dtype}; PAdam updates real floating-point tensors only: "
                     "view complex parameters as real ones with torch.view_as_real, leave others out"
                 )
             backends.check(self.backend, param.device)
-            if absorbing and param.requires_grad:
-                check_not_all_zeros(
-                    name,
-                    param,
-                    "Put it in a parameter group with lambda_p=0, as hf_padam.get_param_groups(model) does for biases "
-                    "and norms",
-                )
+
+    def check_zero_start(self, groups: list[dict[str, Any]] | None = None) -> None:
+        """Refuse tensors that are all zeros and would have to stay so; not those that have a state, from training.
+
+        Args:
+            groups: Of this optimizer; all by default.
+
+        Raises:
+            ValueError: Naming the first.
+        """
+        groups = self.param_groups if groups is None else groups
+        decaying = [g for g in groups if g["lambda_p"] > 0 and g["p_norm"] < 2 and not g["late_decay"]]
+        check_not_all_zeros(
+            [
+                (name, param)
+                for group in decaying
+                for name, param in named(group)
+                if param.requires_grad and not self.state.get(param)
+            ],
+            "Put it in a parameter group with lambda_p=0, as hf_padam.get_param_groups(model) does for biases and "
+            "norms",
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -185,9 +216,11 @@ class PAdam(Optimizer):
                         "Set sparse=False on the embedding, or use torch.optim.SparseAdam for it."
                     )
                 elements[param.device] += param.numel()
+        update_scale(self)
         selected = {device: backends.select(self.backend, device, count) for device, count in elements.items()}
         for group, triples in active:
             hyperparameters = {name: group[name] for name in HYPERPARAMETERS + VARIANTS} | {"lr": float(group["lr"])}
+            hyperparameters |= {name: group[name] for name in (REFERENCE, SCALE) if name in group}
             for number, tensors, keys in self._buckets(triples, group):
                 rounding = None
                 if group["bf16_stochastic_round"] and torch.bfloat16 in (tensors[0][0].dtype, tensors[3][0].dtype):
@@ -241,9 +274,8 @@ class PAdam(Optimizer):
             torch._foreach_add_([state["step"] for state in states], 1)
         for (place, param, grad), state in zip(triples, states, strict=True):
             first, second, s = state["exp_avg"], state["exp_avg_sq"], state.get("s")
-            shard: tuple[int, ...] = ()
+            shard = shard_coordinate(param)
             if isinstance(param, DTensor):
-                shard = _shard(param)
                 if isinstance(grad, DTensor) and grad.placements != param.placements:
                     # E.g. a replicated weight under sequence parallelism: its gradient is a sum yet to be completed.
                     grad = grad.redistribute(placements=param.placements)
@@ -286,12 +318,6 @@ class PAdam(Optimizer):
         if hasattr(local_tensor(value), "codes"):
             raise ValueError('the loaded state has 8-bit moments: continue with PAdam8bit (optim="padam_8bit")')
         return value
-
-
-def _shard(param: DTensor) -> tuple[int, ...]:
-    """Return which shard of a parameter this process holds; replicas of one shard get the same answer."""
-    coordinate = param.device_mesh.get_coordinate() or ()
-    return tuple(c for c, p in zip(coordinate, param.placements, strict=False) if not p.is_replicate())
 
 
 def unwrap(optimizer: Any) -> Any:

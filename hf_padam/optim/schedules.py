@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from .hyperparameters import check_not_all_zeros
+from .hyperparameters import check_not_all_zeros, named
 
 SHAPES = ("constant", "linear", "cosine")
 DEFAULT_START, DEFAULT_SHARE = 2.0, 0.5
@@ -77,10 +77,7 @@ def set_p_norm(
         before = group["p_norm"]
         group["p_norm"] = p_norm_at(steps_taken / total_steps, group.setdefault(FINAL, before), start, share, shape)
         if before >= 2 > group["p_norm"] and steps_taken and not group.get("late_decay"):
-            names = group.get("param_names") or [f"number {i} of its group" for i in range(len(group["params"]))]
-            for name, param in zip(names, group["params"], strict=False):
-                if param.requires_grad:
-                    check_not_all_zeros(name, param, _CURE)
+            check_not_all_zeros([(name, p) for name, p in named(group) if p.requires_grad], _CURE)
 
 
 _CURE = (

@@ -1,21 +1,27 @@
 """Steer lambda_p during training so that a model arrives at a given share of zeros.
 
-For p < 2 a weight that no gradient holds moves at constant speed in ``q = |w|^(2 - p)``: a step takes
-``(2 - p) * lr * lambda_p`` off it, whatever the weight, until it is zero. So the weights that die within the next H
-steps are those with ``q < (2 - p) * H * lr * lambda_p``. Read backwards: the quantile of the magnitudes at the share
-of zeros planned for H steps ahead says which ``lambda_p`` will get there. Where gradients hold weights back, that
-quantile comes to lie at larger weights, and the decay grows until enough of them die. No other constant is needed: the
-learning rate, its schedule, p and the size of the weights all cancel out.
+For p < 2 a weight that no gradient holds moves at constant speed in ``q = x^(2 - p)``, with ``x`` its size (``|w|``,
+or what the importance makes of it): a step takes ``(2 - p) * lr * lambda_p`` off it, whatever the weight, until it is
+zero. So the weights that die within the next H steps are those with ``q < (2 - p) * H * lr * lambda_p``. Read
+backwards: the quantile of the sizes at the share of zeros planned for H steps ahead says which ``lambda_p`` will get
+there. Where gradients hold weights back, that quantile comes to lie at larger weights, and the decay grows until
+enough of them die. No other constant is needed: the learning rate, its schedule, p and the size of the weights all
+cancel out.
+
+What is set is not lambda_p but the size at which ``lr * lambda_p * x^(p - 2) = 1``, a number for every p. At
+``p = -inf`` it is the quantile itself, and the plan is gradual pruning.
 
 The plan is the cubic ramp of gradual pruning (Zhu & Gupta, arXiv 1710.01878): fast while there are many superfluous
-weights, slow towards the end. What is missing at its end is made up for by zeroing the smallest weights. After it
-lambda_p only keeps zeros at zero, nothing more dies, and the survivors recover.
+weights, slow towards the end. What is missing at its end is made up for by zeroing the smallest weights, exactly so
+many. After it zeros stay zero, nothing more dies, and the survivors recover. Between two steps the optimizer is left
+in that state, too: a copy or a restored one that nothing steers makes no more zeros.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,10 +29,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..sparsity import count_zeros, local_shard
+from ..sparsity import count_zeros
+from .importance import REFERENCE, SCALE, fisher_scale, measure
 from .padam import PAdam, unwrap
-from .quantiles import histogram, quantile
+from .quantiles import histogram, quantile, zero_smallest_
 from .schedules import FINAL
+from .update import YOUNG_STEPS
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +43,7 @@ DEFAULT_START, DEFAULT_END = 0.2, 0.75
 
 SCOPES = ("global", "layer")
 HOLD = 2.0**-100
-"""``lr * lambda_p`` where nothing is to die: so little that it moves no weight, enough for zero to stay absorbing."""
+"""``lr * lambda_p`` as it is shown while nothing is to die."""
 
 _HORIZON = 0.1
 """Steps that the decay looks ahead, as a share of the ramp: shorter is closer to the plan, longer is gentler."""
@@ -43,16 +51,22 @@ _HORIZON = 0.1
 _UPDATES = 200
 """How many times during the ramp the decay is computed anew, at most."""
 
-_SAMPLE = 2**18
-"""Elements of each tensor that quantiles are estimated from, at most."""
+_SAMPLE = 2**24
+"""Elements of all steered tensors that quantiles are estimated from; at least `_SMALL_SAMPLE` of each."""
+
+_SMALL_SAMPLE = 2**16
+
+_LAST = 0.002
+"""Share of zeros that the decay leaves to the end of the ramp, which meets the target exactly: so much may a quantile
+be wrong, or die between two of them."""
 
 STATE = {
     "target_step": 0,  # steps taken
-    "target_decay": HOLD,  # lr * lambda_p
+    "target_reference": 0.0,  # what the decay is to be now, as `REFERENCE`
     "target_initial": -1.0,  # share of zeros before the first step, in the pool; -1: not counted yet
     "target_met": 0.0,  # the target whose ramp is over; 0 before
     "target_zeroed": 0,  # weights that were zeroed at the end of the ramp, in the pool
-    "target_threshold": 0.0,  # their magnitudes were below this
+    "target_threshold": 0.0,  # their sizes were not above this
 }
 """What is kept in the keys of the steered groups, and where it starts."""
 
@@ -77,7 +91,8 @@ class TargetSparsity:
         target: Share of exact zeros, in (0, 1), among the weights of the steered groups.
         total_steps: Optimizer steps that the whole training takes.
         start: Share of the steps at which the ramp begins.
-        end: Share of the steps at which it has arrived, and the survivors' recovery begins.
+        end: Share of the steps at which it has arrived, and the survivors' recovery begins. The same as `start`: all
+            zeros are made at once, by the size that weights then have.
         per_group: Every group arrives at the target by itself, rather than all of them together.
 
     Raises:
@@ -99,6 +114,7 @@ class TargetSparsity:
         if total_steps < 1:
             raise ValueError(f"total_steps={total_steps!r} is not allowed: it must be at least 1")
         self.target, self.per_group = target, per_group
+        self.at_once = start == end
         self.first = min(math.floor(start * total_steps), total_steps - 1)
         self.last = max(self.first + 1, round(end * total_steps))  # the ramp arrives after this many steps
         self.interval = max(1, (self.last - self.first) // _UPDATES)
@@ -115,6 +131,9 @@ class TargetSparsity:
             )
         for group in steered:
             check_steerable(group)
+        if any(group["importance"] == "fisher" for group in steered):  # nothing is known of weights before
+            self.first = min(max(self.first, YOUNG_STEPS), total_steps - 1)
+            self.last = max(self.first + 1, self.last)
         for pool in self._pools():
             if pool[0]["target_step"] == 0:
                 self._initial(pool)  # so that a target out of reach is refused now; weights may yet be loaded
@@ -152,15 +171,17 @@ class TargetSparsity:
         """Return what training logs show.
 
         Returns:
-            `lambda_p`, the present one (its mean over groups); `planned_sparsity` and `sparsity`, the share of zeros
-            planned by now and the actual one; once the target is met, `target_zeroed` and `target_threshold`, which
-            are what `zeroed` returns.
+            `lambda_p`, the present one (its mean over groups), which at ``p = -inf`` has no meaning and is left out;
+            `planned_sparsity` and `sparsity`, the share of zeros planned by now and the actual one; once the target is
+            met, `target_zeroed` and `target_threshold`, which are what `zeroed` returns.
         """
         groups = self._groups()
         zeros, elements = _zeros(groups)
         initial = [max(0.0, pool[0]["target_initial"]) for pool in self._pools()]
-        values: dict[str, float] = {
-            "lambda_p": sum(float(group["lambda_p"]) for group in groups) / len(groups),
+        values: dict[str, float] = {}
+        if all(math.isfinite(group["p_norm"]) for group in groups):
+            values["lambda_p"] = sum(float(group["lambda_p"]) for group in groups) / len(groups)
+        values |= {
             "planned_sparsity": self.planned(groups[0]["target_step"], sum(initial) / len(initial)),
             "sparsity": zeros / elements,
         }
@@ -169,7 +190,7 @@ class TargetSparsity:
         return values
 
     def zeroed(self) -> tuple[int, float]:
-        """Return how many weights were zeroed at the end of the ramp, and what all their magnitudes were below."""
+        """Return how many weights were zeroed at the end of the ramp, and the largest of their sizes."""
         pools = [pool[0] for pool in self._pools()]
         return sum(g["target_zeroed"] for g in pools), max(g["target_threshold"] for g in pools)
 
@@ -196,20 +217,21 @@ class TargetSparsity:
                 for group in pool:
                     group["target_initial"] = initial
             if self.first <= step < self.last:
-                if (step - self.first) % self.interval == 0:
+                if (step - self.first) % self.interval == 0 and not self.at_once:
                     self._aim(pool, step)
             else:
                 for group in pool:
-                    group["target_decay"] = HOLD
+                    group["target_reference"] = 0.0
             for group in pool:
-                lr = float(group["lr"])
-                group["lambda_p"] = group["target_decay"] / lr if lr > HOLD else 1.0
+                group[REFERENCE] = group["target_reference"]
+                group["lambda_p"] = _lambda_p(group)
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
         for pool in self._pools():
             for group in pool:
                 group["target_step"] += 1
+                group[REFERENCE] = 0.0
             if pool[0]["target_step"] >= self.last and pool[0]["target_met"] != self.target:
                 self._zero_the_rest(pool)
 
@@ -225,35 +247,65 @@ class TargetSparsity:
         return initial
 
     def _aim(self, pool: list[dict[str, Any]], step: int) -> None:
-        """Choose the decay under which the share planned for the horizon would be dead by then."""
-        zeros, elements = _zeros(pool)
+        """Choose the decay under which the share planned for the horizon would be dead by then.
+
+        Of weights that have had no gradient under "fisher", none dies before the end of the ramp: the share is one of
+        the others.
+        """
+        zeros, _ = _zeros(pool)
         horizon = max(self.interval, min(math.ceil(_HORIZON * (self.last - self.first)), self.last - step))
-        ahead = self.planned(step + horizon, pool[0]["target_initial"])
-        if zeros >= ahead * elements:
+        if all(group["p_norm"] == -math.inf for group in pool):  # who is to die does so at once
+            horizon = self.interval
+        ahead = min(self.planned(step + horizon, pool[0]["target_initial"]), self.target - _LAST)
+        sample = max(_SMALL_SAMPLE, _SAMPLE // sum(len(_params(other)) for other in self._pools()))
+        measured, scale = measure(self.optimizer, pool), 1.0
+        if any(group["importance"] == "fisher" for group in pool):
+            scale = fisher_scale(measured, sample)
+            measured = measure(self.optimizer, pool, scale)
+        counts, _ = histogram(measured, sample)
+        if zeros >= ahead * float(counts.sum()):
             for group in pool:
-                group["target_decay"] = HOLD
+                group["target_reference"] = 0.0
             return
-        magnitude = quantile(histogram(_params(pool), sample=_SAMPLE), ahead)
+        size = quantile(counts, ahead)
         for group in pool:
             exponent = 2 - group["p_norm"]
-            group["target_decay"] = max(HOLD, magnitude**exponent / (exponent * horizon))
+            slowly = 1.0 if math.isinf(exponent) else (exponent * horizon) ** (-1 / exponent)
+            group["target_reference"] = size * slowly
+            if group["importance"] == "fisher":
+                group[SCALE] = scale
 
     @torch.no_grad()
     def _zero_the_rest(self, pool: list[dict[str, Any]]) -> None:
         """Zero the smallest weights until the target is met: what the decay did not get to."""
-        zeros, elements = _zeros(pool)
-        threshold = 0.0
-        if zeros < self.target * elements:
-            threshold = quantile(histogram(_params(pool)), self.target)
-            for param in _params(pool):
-                local = local_shard(param)[0]
-                local.masked_fill_(local.abs() < threshold, 0.0)
-        number = _zeros(pool)[0] - zeros
+        before, elements = _zeros(pool)
+        measured = measure(self.optimizer, pool)
+        _, unknown = histogram(measured)  # weights without a gradient so far, of which the same share is to go
+        missing = max(0, math.ceil(self.target * elements) - before)
+        at_random = min(missing, round(self.target * unknown))
+        threshold = zero_smallest_(measured, min(missing - at_random, elements - before - int(unknown)))
+        zero_smallest_(measured, missing - (_zeros(pool)[0] - before), infinite=True)
+        zeros = _zeros(pool)[0]
         for group in pool:
-            group |= {"target_met": self.target, "target_zeroed": number, "target_threshold": threshold}
+            group |= {"target_zeroed": zeros - before, "target_threshold": threshold}
+            group["target_met"] = self.target
         logger.info(
-            "Target sparsity: %d weights smaller than %.3g were zeroed at step %d.", number, threshold, self.last
+            "Target sparsity: %d weights of sizes up to %.3g were zeroed at step %d.",
+            zeros - before,
+            threshold,
+            self.last,
         )
+
+
+def _lambda_p(group: dict[str, Any]) -> float:
+    """Return the lambda_p that a steered group's reference size stands for; positive, as the group decays."""
+    reference, lr = group[REFERENCE], float(group["lr"])
+    if lr <= HOLD:
+        return 1.0
+    decay = math.log(HOLD)
+    if reference > 0 and math.isfinite(group["p_norm"]):
+        decay = max(decay, (2 - group["p_norm"]) * math.log(reference))
+    return math.exp(min(decay - math.log(lr), math.log(sys.float_info.max)))
 
 
 def steering_of(optimizer: Any) -> TargetSparsity | None:
@@ -289,10 +341,10 @@ def check_plan(target: float, start: float, end: float) -> None:
         raise ValueError(
             f"target_sparsity={target!r} is not allowed: it must be a share of zeros, above 0 and below 1"
         )
-    if not 0 <= start < end <= 1:
+    if not 0 <= start <= end <= 1:
         raise ValueError(
             f"target_start={start!r} and target_end={end!r} are not allowed: they are shares of the training steps, "
-            "0 <= start < end <= 1"
+            "0 <= start <= end <= 1"
         )
 
 

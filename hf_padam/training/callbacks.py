@@ -77,7 +77,10 @@ class CallbackFromGroups(TargetSparsityCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach if the groups say so."""
+        """Attach if the groups say so; refuse tensors that start as zeros, now that a checkpoint has been loaded."""
+        optimizer = unwrap(kwargs.get("optimizer"))
+        if isinstance(optimizer, PAdam):
+            optimizer.check_zero_start()
         optimizer = unwrap(kwargs.get("optimizer"))
         groups = optimizer.param_groups if isinstance(optimizer, PAdam) else []
         plans = [group for group in groups if group.get("target_sparsity") is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -15,6 +16,13 @@ from ..optim.hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM
 from ..optim.schedules import DEFAULT_SHARE, SHAPES
 from ..optim.schedules import DEFAULT_START as SCHEDULE_START
 from ..optim.target_sparsity import DEFAULT_END, DEFAULT_START, SCOPES, check_plan, check_steerable
+from ..optim.update import IMPORTANCES
+
+TARGET_DEFAULTS: dict[str, Any] = {"p_norm": -1.0, "importance": "fisher"}
+"""What a target sparsity comes with where nothing else is asked for; measured, see recipes/README.md."""
+
+PLAIN_DEFAULTS: dict[str, Any] = {"p_norm": DEFAULT_P_NORM, "importance": "magnitude"}
+"""The paper's method, for a lambda_p of one's own."""
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
@@ -37,13 +45,22 @@ class PAdamOptions:
         ValueError: On a value of the wrong type.
     """
 
-    p_norm: float = _option(
-        DEFAULT_P_NORM, "p of the norm whose decay is applied. Below 2 it makes zeros, below 1 the sparsest models."
+    p_norm: float | None = _option(
+        None,
+        "p of the norm whose decay is applied, any number. Below 2 it makes zeros; the smaller it is, the less "
+        "survivors are shrunk, down to -inf (write --p_norm=-inf), which is gradual pruning. Default: "
+        f"{DEFAULT_P_NORM}, the paper's; {TARGET_DEFAULTS['p_norm']} with target_sparsity.",
     )
     lambda_p: float | None = _option(
         None,
         "Strength of the p-norm decay. More makes more zeros; 0 turns it off. Adds the decay to any other optim too. "
         f"Default: {DEFAULT_LAMBDA_P} with padam and padam_8bit, no decay with others.",
+    )
+    importance: str | None = _option(
+        None,
+        "By what the decay measures a weight: magnitude, the paper's method, or fisher, magnitude times the root of "
+        f"Adam's second moment. Default: magnitude; {TARGET_DEFAULTS['importance']} with target_sparsity.",
+        choices=list(IMPORTANCES),
     )
     p_norm_schedule: str = _option(
         "constant", "How p moves from p_norm_start to p_norm. PAdamTrainer moves it.", choices=list(SHAPES)
@@ -77,7 +94,12 @@ class PAdamOptions:
         "At a step whose gradients are not finite: stop, or skip its update (as fp16 and DeepSpeed do).",
         choices=["stop", "skip"],
     )
-    backend: str = _option("auto", "How the update runs. auto picks the fastest available.", choices=list(CHOICES))
+    backend: str = _option(
+        "auto",
+        "How the update runs: eager (plain PyTorch, anywhere), compiled (CPU: one fused C++ pass; needs a C++ "
+        "compiler), triton (GPU: one kernel launch), or auto, the fastest that works there.",
+        choices=list(CHOICES),
+    )
 
     def __post_init__(self) -> None:
         """Read the strings, and check the types, once the class beside this one has done the same."""
@@ -136,7 +158,8 @@ def read(name: str, value: Any) -> Any:
                 value = float(value)
     choices = _choices(name)
     absent = value is None and type(None) in types
-    if not (value in choices if choices else absent or any(_KINDS[t][1](value) for t in types if t in _KINDS)):
+    fits = value in choices if choices else any(_KINDS[t][1](value) for t in types if t in _KINDS)
+    if not (absent or fits):
         raise ValueError(f"{name}={text!r} must be {_accepted(name)}")
     return value
 
@@ -200,6 +223,12 @@ def malformed(text: Any) -> str:
     )
 
 
+def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with the norm and the importance that go with them, where these were not given."""
+    defaults = PLAIN_DEFAULTS if options["target_sparsity"] is None else TARGET_DEFAULTS
+    return {**options, **{key: value for key, value in defaults.items() if options[key] is None}}
+
+
 def check_target(options: Mapping[str, Any]) -> None:
     """Check that a target sparsity, if there is one, goes with the other options, and that these have an effect.
 
@@ -208,6 +237,11 @@ def check_target(options: Mapping[str, Any]) -> None:
     """
     target = options["target_sparsity"]
     if target is None:
+        if options["p_norm"] == -math.inf:
+            raise ValueError(
+                "p_norm=-inf needs a target_sparsity, which chooses the size below which weights are pruned: give "
+                "that, or a finite p_norm"
+            )
         for key in ("target_start", "target_end", "target_scope"):
             if options[key] != OPTIONS[key].default:
                 raise ValueError(

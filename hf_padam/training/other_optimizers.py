@@ -11,19 +11,24 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..optim.any_optimizer import add_pnorm_decay, decay_scalars, has_pnorm_decay
-from ..optim.hyperparameters import DEFAULT_P_NORM
 from ..optim.schedules import FINAL
-from .options import OPTIONS, options_of
+from .options import OPTIONS, PLAIN_DEFAULTS, options_of
 from .param_groups import get_param_groups
 from .registration import OPTIMIZERS
 
-_SHARED = ("p_norm", "lambda_p", "decay_embeddings", "dense_modules")
+_SHARED = ("p_norm", "lambda_p", "importance", "decay_embeddings", "dense_modules")
 """Options of padam that have a meaning for the decay beside another optimizer; the rest do not."""
 
 
 def asks_for_decay(args: TrainingArguments) -> bool:
     """Whether `lambda_p` is given, and `optim` is not PAdam, which decays by itself."""
     return options_of(args).lambda_p is not None and OptimizerNames(args.optim).value not in OPTIMIZERS
+
+
+def decay_of(args: Any) -> dict[str, Any]:
+    """Return `p_norm`, `lambda_p` and `importance` of the decay beside another optimizer."""
+    given = {key: getattr(args, key) for key in ("p_norm", "lambda_p", "importance")}
+    return {**given, **{key: value for key, value in PLAIN_DEFAULTS.items() if given[key] is None}}
 
 
 def check_decay_options(args: Any) -> None:
@@ -49,14 +54,14 @@ def check_decay_options(args: Any) -> None:
                 f"to {name}, give lambda_p and p_norm as options of their own (--lambda_p, --p_norm)"
             )
     if args.lambda_p is None:
-        for key, plain in (("p_norm", DEFAULT_P_NORM), ("p_norm_schedule", "constant")):
-            if getattr(args, key) != plain:
+        for key, plain in (PLAIN_DEFAULTS | {"p_norm_schedule": "constant"}).items():
+            if getattr(args, key) not in (None, plain):
                 raise ValueError(
                     f"{key}={getattr(args, key)!r} has no effect on optim={name!r} without lambda_p, the strength of "
                     f"the decay: give lambda_p too, or drop {key}"
                 )
         return
-    decay_scalars({"lr": args.learning_rate, "p_norm": args.p_norm, "lambda_p": args.lambda_p})
+    decay_scalars(decay_of(args) | {"lr": args.learning_rate})
     why = None
     if name in ("lomo", "adalomo") or name.endswith("_layerwise"):
         why = "it updates each layer during the backward pass, not in a step that a decay could follow"
@@ -102,9 +107,11 @@ def attach_decay(optimizer: Optimizer, model: nn.Module, args: Any, targets: dic
     """
     if not has_pnorm_decay(optimizer):
         decayed = get_param_groups(model, **targets)[0]["params"]
-        moves = args.p_norm_schedule != "constant"
-        p_norm = args.p_norm_start if moves else args.p_norm
-        add_pnorm_decay(optimizer, p_norm=p_norm, lambda_p=args.lambda_p, params=decayed)
+        moves, decay = args.p_norm_schedule != "constant", decay_of(args)
+        final = decay["p_norm"]
+        if moves:
+            decay["p_norm"] = args.p_norm_start
+        add_pnorm_decay(optimizer, **decay, params=decayed)
         for group in optimizer.param_groups:
             if moves and group["lambda_p"] > 0:
-                group[FINAL] = args.p_norm
+                group[FINAL] = final

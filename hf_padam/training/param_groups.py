@@ -69,6 +69,7 @@ def get_param_groups(
     lambda_p: float = DEFAULT_LAMBDA_P,
     weight_decay: float = 0.0,
     p_norm_start: float | None = None,
+    importance: str = "magnitude",
     late_decay: bool = False,
     s_rate: float = 1.0,
     decay_embeddings: bool = False,
@@ -83,6 +84,7 @@ def get_param_groups(
         lambda_p: See `PAdam`; 0 in the second group.
         weight_decay: See `PAdam`; 0 in the second group.
         p_norm_start: Where p starts if a schedule is to move it to `p_norm` (see `PNormScheduler`).
+        importance: See `PAdam`.
         late_decay: See `PAdam`.
         s_rate: See `PAdam`.
         decay_embeddings: See `decayed_parameters`.
@@ -103,6 +105,8 @@ def get_param_groups(
     ]
     if p_norm_start is not None:
         groups[0] |= {"p_norm": p_norm_start, FINAL: p_norm}
+    if importance != "magnitude":
+        groups[0]["importance"] = importance
     if late_decay:
         groups[0]["late_decay"] = late_decay
     if s_rate != 1:

@@ -30,7 +30,16 @@ from ..optim.eight_bit import S_REFUSAL, PAdam8bit, check_installed
 from ..optim.hyperparameters import DEFAULT_LAMBDA_P, check_hyperparameters
 from ..optim.padam import PAdam
 from .callbacks import CallbackFromGroups
-from .options import OPTIONS, check_target, malformed, options_of, parse_optim_args, read, split_optim_args
+from .options import (
+    OPTIONS,
+    check_target,
+    malformed,
+    options_of,
+    parse_optim_args,
+    read,
+    split_optim_args,
+    with_defaults,
+)
 from .param_groups import get_param_groups
 
 NAME = "padam"
@@ -63,6 +72,7 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
         if options[key] not in (value, OPTIONS[key].default):
             raise ValueError(f"{key} is given twice: {options[key]!r}, and {value!r} in optim_args. Drop one of them")
         options[key] = value
+    options = with_defaults(options)
     check_target(options | {"p_norm_schedule": typed.p_norm_schedule})
     if options["target_sparsity"] is not None and (
         os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or args.deepspeed
@@ -119,7 +129,7 @@ class _Factory:
                 f"p_norm_schedule={p_norm_schedule!r} would have no effect: this Trainer does not move p. Use "
                 'PAdamTrainer; or leave p_norm_schedule at "constant" and add PNormScheduleCallback to the callbacks'
             )
-        return build_optimizer(model, **options)
+        return build_optimizer(model, **options, check_zero_start=False)  # CallbackFromGroups checks, after loading
 
 
 def _handler(context: Any) -> tuple[type[_Factory], dict[str, Any]]:

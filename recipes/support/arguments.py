@@ -278,6 +278,8 @@ def save_config(path: Path, *parsed: Any) -> None:
             value = getattr(arguments, f.name)
             value = getattr(value, "value", value)  # enums
             default = defaults[f.name].default
+            if f.default_factory is not dataclasses.MISSING:
+                default = f.default_factory()
             if f.init and f.name not in _NOT_OPTIONS and isinstance(value, str | int | float | bool | list | dict):
                 if value != getattr(default, "value", default) and value not in ([], {}):
                     config[f.name] = value

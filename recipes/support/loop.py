@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from hf_padam.optim.schedules import check_schedule
 from hf_padam.resuming.checkpoints import loading, resolve_checkpoint, rotate_checkpoints, staged_checkpoint
 from hf_padam.resuming.settings import check_decayed, check_world_size, hyperparameters, warn_of_other_settings
-from hf_padam.training.options import PAdamOptions, check_target
+from hf_padam.training.options import PAdamOptions, check_target, with_defaults
 
 from .errors import UsageError
 
@@ -53,7 +53,7 @@ class LoopArguments(PAdamOptions):
                 raise UsageError(f"--{name} {getattr(self, name)} is too small: it must be at least 1")
         try:
             super().__post_init__()
-            check_target(vars(self))
+            check_target(with_defaults(vars(self)))
             check_schedule(self.p_norm_start, self.p_norm_schedule_share, self.p_norm_schedule)
         except ValueError as error:
             raise UsageError(str(error)) from error

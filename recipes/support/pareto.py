@@ -20,6 +20,9 @@ from hf_padam.files import staged, write_atomically
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
 
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+"""What AdamW is called as `optim`: a loop over the weights, and one kernel for them."""
+
 
 @dataclass
 class Point:
@@ -31,11 +34,26 @@ class Point:
     sparsities: list[float] = field(default_factory=list)  # shares of exact zeros among the decayed weights
     others: dict[str, list[float]] = field(default_factory=dict)  # further sparsities, by name
     best_losses: list[float] = field(default_factory=list)  # the least of each run, where it was evaluated on the way
+    test_losses: list[float | None] = field(default_factory=list)  # for each seed, where there is a test text
+    seeds: list[int] = field(default_factory=list)  # 0, 1, ... where none are given
+
+    @property
+    def by_seed(self) -> dict[int, tuple[float, float]]:
+        """Sparsity and loss of each seed."""
+        return dict(
+            zip(self.seeds or range(len(self.losses)), zip(self.sparsities, self.losses, strict=True), strict=True)
+        )
 
     @property
     def loss(self) -> float:
         """Mean over the seeds."""
         return statistics.fmean(self.losses)
+
+    @property
+    def test_loss(self) -> float | None:
+        """Mean over the seeds, if all of them have one."""
+        known = [loss for loss in self.test_losses if loss is not None]
+        return statistics.fmean(known) if len(known) == len(self.losses) else None
 
     @property
     def sparsity(self) -> float:
@@ -67,8 +85,8 @@ def differences(point: Point, reference: Sequence[Point]) -> list[float]:
     Runs of one seed share their data and their initial weights, so their difference varies less than either.
     """
     pairs = []
-    for i, (loss, sparsity) in enumerate(zip(point.losses, point.sparsities, strict=True)):
-        other = loss_at([(p.sparsities[i], p.losses[i]) for p in reference if i < len(p.losses)], sparsity)
+    for seed, (sparsity, loss) in point.by_seed.items():
+        other = loss_at([p.by_seed[seed] for p in reference if seed in p.by_seed], sparsity)
         if other is None:
             return []
         pairs.append(loss - other)
@@ -94,6 +112,7 @@ class Comparison:
     ) -> None:
         self.points, self._unconnected = list(points), unconnected
         self.front = pareto_front(points)
+        self._tested = any(p.test_loss is not None for p in points)
         self._dense = min(
             (statistics.fmean(p.best_losses or p.losses) for p in points if p.method == dense), default=None
         )
@@ -103,7 +122,8 @@ class Comparison:
     def columns(self) -> list[str]:
         """Return the names of the table's columns."""
         others = [f"zeros, {name}" for name in self.points[0].others]
-        columns = ["method", "setting", "zeros", *others, "loss", "± over seeds", "perplexity", "seeds"]
+        columns = ["method", "setting", "zeros", *others, "loss", "± over seeds", "perplexity"]
+        columns += [*(["test loss"] if self._tested else []), "seeds"]
         if self._dense is not None:
             columns.append("loss over dense's best")
         if self._reference_name is not None:
@@ -117,7 +137,10 @@ class Comparison:
             spread = f"{statistics.stdev(p.losses):.4f}" if len(p.losses) > 1 else ""
             row = [p.method, p.setting, f"{p.sparsity:.2%}"]
             row += [f"{statistics.fmean(values):.2%}" for values in p.others.values()]
-            row += [f"{p.loss:.4f}", spread, f"{math.exp(p.loss):.3f}", str(len(p.losses))]
+            row += [f"{p.loss:.4f}", spread, f"{math.exp(p.loss):.3f}"]
+            if self._tested:
+                row.append("" if p.test_loss is None else f"{p.test_loss:.4f}")
+            row.append(str(len(p.losses)))
             if self._dense is not None:
                 row.append(f"{p.loss / self._dense - 1:+.2%}")
             if self._reference_name is not None:
@@ -148,11 +171,16 @@ class Comparison:
         self.draw(directory / "pareto.png", title)
         buffer = io.StringIO()
         writer = csv.writer(buffer)
-        writer.writerow(["method", "setting", "seed_index", "loss", "sparsity", *self.points[0].others, "on_front"])
+        tested = ["test_loss"] if self._tested else []
+        others = list(self.points[0].others)
+        writer.writerow(["method", "setting", "seed", "loss", *tested, "sparsity", *others, "on_front"])
         for p in self.points:
-            for i, (loss, sparsity) in enumerate(zip(p.losses, p.sparsities, strict=True)):
+            tests = dict(enumerate(p.test_losses))
+            for i, (seed, (sparsity, loss)) in enumerate(p.by_seed.items()):
                 others = [values[i] for values in p.others.values()]
-                writer.writerow([p.method, p.setting, i, loss, sparsity, *others, any(p is q for q in self.front)])
+                test = [tests.get(i)] if self._tested else []
+                on_front = any(p is q for q in self.front)
+                writer.writerow([p.method, p.setting, seed, loss, *test, sparsity, *others, on_front])
         write_atomically(directory / "pareto.csv", buffer.getvalue())
         columns = self.columns()
         lines = [f"# {title}", "", f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
@@ -192,5 +220,5 @@ class Comparison:
 
 def setting(options: Mapping[str, Any]) -> str:
     """Write a setting's options for people: all but AdamW, which most methods are compared on, and evaluations."""
-    hidden = {"optim": "adamw_torch", "one_shot": options.get("one_shot")}
-    return ", ".join(f"{name} {value}" for name, value in options.items() if hidden.get(name, object()) != value)
+    hidden = {"one_shot", "one_shot_by"} | ({"optim"} if options.get("optim") in ADAMW else set())
+    return ", ".join(f"{name} {value}" for name, value in options.items() if name not in hidden)

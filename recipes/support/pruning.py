@@ -1,6 +1,7 @@
-"""What people use instead: magnitude pruning (one-shot, with recovery, gradual), Wanda, and an exact L1 proximal step.
+"""What people use instead: pruning by magnitude, Wanda, Fisher information or SparseGPT, and an exact L1 step.
 
-They prune the weights that the p-norm decay would act on, so that sparsities compare.
+Gradual, in one shot with recovery, or in one shot at the end. They prune the weights that the p-norm decay would act
+on, so that sparsities compare.
 """
 
 from __future__ import annotations
@@ -8,40 +9,62 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from transformers import TrainerCallback
-from transformers.pytorch_utils import Conv1D
 from transformers.training_args import OptimizerNames
 
-from hf_padam import PAdamTrainer
+from hf_padam import PAdam, PAdamTrainer
+from hf_padam.optim.eight_bit import PAdam8bit
 from hf_padam.training.registration import OPTIMIZERS
 
+from .calibration import linear_weights, prune_calibrated
 from .errors import UsageError
+from .gradual_pruning import (
+    CalibratedPruning,
+    FisherPruning,
+    GradualPruning,
+    MagnitudePruning,
+    SoftThreshold,
+    WandaPruning,
+)
+from .importance_scores import prune_by_fisher, prune_by_magnitude
 
-_CALIBRATION_BATCHES = 32
+METHODS = ("magnitude", "wanda", "fisher", "sparsegpt")
 
 
 @dataclass
 class PruningArguments:
-    """Methods to compare with; they go with --optim adamw_torch."""
+    """Methods to compare with; they go with --optim adamw_torch or adamw_torch_fused."""
 
     _argument_group_name = "methods to compare with"
 
     one_shot: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "Also evaluate the trained model with these shares of its weights pruned at once, by magnitude "
-            "and by Wanda. What is saved stays unpruned."
+            "help": "Also evaluate the trained model with these shares of its weights pruned at once. What is saved "
+            "stays unpruned."
         },
     )
-    prune_to: float | None = field(
-        default=None, metadata={"help": "Prune by magnitude, over all layers at once, to this share while training."}
+    one_shot_by: list[str] = field(
+        default_factory=lambda: ["magnitude", "wanda", "fisher"],
+        metadata={
+            "help": "How, any of magnitude, wanda, fisher and sparsegpt, see --prune_by; the first three by default."
+        },
+    )
+    prune_to: float | None = field(default=None, metadata={"help": "Prune to this share of zeros while training."})
+    prune_by: str = field(
+        default="magnitude",
+        metadata={
+            "help": "Which weights go: the smallest |weight| of all layers; wanda: the smallest |weight| * input norm "
+            "of each output; fisher: the smallest |weight| * sqrt(Adam's second moment) of all layers; sparsegpt: all "
+            "at once only, the others make up for them.",
+            "choices": list(METHODS),
+        },
     )
     prune_start: float = field(default=0.2, metadata={"help": "Share of the steps after which --prune_to begins."})
     prune_end: float = field(
@@ -52,6 +75,10 @@ class PruningArguments:
         },
     )
     prune_interval: int = field(default=20, metadata={"help": "Steps from one pruning to the next on the way."})
+    calibration_samples: int = field(
+        default=128,
+        metadata={"help": "Training sequences that wanda and sparsegpt look at to prune at once."},
+    )
     soft_threshold: float = field(
         default=0.0, metadata={"help": "Exact L1: after each step move weights towards zero by lr times this."}
     )
@@ -61,25 +88,39 @@ class PruningArguments:
             for value in values:
                 if not 0 <= value < 1:
                     raise UsageError(f"--{name} {value} is not a share of the weights: it must be in [0, 1)")
+        for name, methods in (("one_shot_by", self.one_shot_by), ("prune_by", [self.prune_by])):
+            for method in methods or [""]:
+                if method not in METHODS:
+                    raise UsageError(f"--{name} {method} is not one of {', '.join(METHODS)}")
         if not 0 <= self.prune_start <= self.prune_end <= 1:
             raise UsageError(
                 f"--prune_start {self.prune_start} and --prune_end {self.prune_end} must be shares of the steps, "
                 "0 <= start <= end <= 1"
             )
-        if self.prune_interval < 1:
-            raise UsageError(f"--prune_interval {self.prune_interval} is too small: it must be at least 1")
-        for name in ("prune_start", "prune_end", "prune_interval") if self.prune_to is None else ():
+        for name in ("prune_interval", "calibration_samples"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)} is too small: it must be at least 1")
+        for name in ("prune_by", "prune_start", "prune_end", "prune_interval") if self.prune_to is None else ():
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise UsageError(f"--{name} has no effect without --prune_to: give that too, or drop it")
+        if self.prune_by == "sparsegpt" and not self._at_once:
+            raise UsageError(
+                "--prune_by sparsegpt prunes all at once: give --prune_start and --prune_end the same share of the "
+                "steps, e.g. 0.5"
+            )
         if not 0 <= self.soft_threshold < math.inf:
             raise UsageError(f"--soft_threshold {self.soft_threshold} must be a finite number of at least 0")
+
+    @property
+    def _at_once(self) -> bool:
+        return self.prune_start == self.prune_end
 
     def callbacks(self, trainer: PAdamTrainer) -> list[TrainerCallback]:
         """Return what prunes a trainer's model during training as these arguments say.
 
         Raises:
-            UsageError: If PAdam, which makes zeros of its own, would be mixed with another method, or the weights are
-                sharded.
+            UsageError: If PAdam, which makes zeros of its own, would be mixed with another method, the weights are
+                sharded, or the method asked for cannot prune this model or go with this optimizer.
         """
         optim = OptimizerNames(trainer.args.optim).value
         if optim in OPTIMIZERS and (self.prune_to or self.soft_threshold):
@@ -92,158 +133,86 @@ class PruningArguments:
                     "--prune_to, --soft_threshold and --one_shot prune whole weights, but FSDP and DeepSpeed split "
                     "them: run in one process, or under DDP"
                 )
+        self._check_optimizer(trainer.optimizer, optim)
         model: Any = trainer.model
         params = dict(model.named_parameters())
         tensors = [params[name] for name in trainer.decayed_names()]
         callbacks: list[TrainerCallback] = []
         if self.prune_to:
-            callbacks.append(
-                MagnitudePruning(tensors, self.prune_to, self.prune_start, self.prune_end, self.prune_interval)
-            )
+            callbacks.append(self._pruning(trainer, tensors))
         if self.soft_threshold:
             callbacks.append(SoftThreshold(tensors, self.soft_threshold))
         return callbacks
 
+    def _check_optimizer(self, optimizer: Any, name: str) -> None:
+        """Refuse what is read from, or kept in, Adam's state with an optimizer that has none."""
+        asked = ""
+        if self.one_shot and "fisher" in self.one_shot_by:
+            asked = "--one_shot_by fisher"
+        if self.prune_to and (self.prune_by == "fisher" or self.prune_by == "wanda" and not self._at_once):
+            asked = f"--prune_by {self.prune_by}"
+        if asked and (not isinstance(optimizer, torch.optim.Adam | PAdam) or isinstance(optimizer, PAdam8bit)):
+            raise UsageError(
+                f"{asked} needs the state of AdamW or PAdam, with second moments in full, which {name} does not keep: "
+                "give --optim adamw_torch, or another method"
+            )
 
-class MagnitudePruning(TrainerCallback):
-    """Zero the smallest weights of all tensors together, more and more of them (Zhu & Gupta, arXiv 1710.01878).
-
-    The share of zeros is ``target * (1 - (1 - x)^3)``, where x goes from 0 to 1 between two shares of the steps. The
-    weights themselves are the mask: what is exactly zero stays zero. So a checkpoint holds all there is to resume.
-
-    Args:
-        params: Any shapes.
-        target: Share of zeros in the end.
-        start: Share of the steps at which x is 0.
-        end: Share of the steps at which x is 1.
-        interval: Steps between two prunings.
-    """
-
-    def __init__(self, params: list[nn.Parameter], target: float, start: float, end: float, interval: int) -> None:
-        self.params, self.target, self.start, self.end, self.interval = params, target, start, end, interval
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remember what is zero."""
-        self._masks = [param != 0 for param in self.params]
-
-    @torch.no_grad()
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put zeros back, and prune if it is time to."""
-        for param, mask in zip(self.params, self._masks, strict=True):
-            param.mul_(mask)
-        step = state.global_step + 1
-        first, last = math.ceil(self.start * state.max_steps), max(1, round(self.end * state.max_steps))
-        if step == last or (first <= step < last and (step - first) % self.interval == 0):
-            x = (step - first) / (last - first) if last > first else 1.0
-            prune_by_magnitude(self.params, self.target * (1 - (1 - min(1.0, x)) ** 3))
-
-
-class SoftThreshold(TrainerCallback):
-    """After each step, move weights towards zero by the learning rate times a strength, and stop at zero.
-
-    It is the exact proximal step of an L1 penalty, decoupled from Adam's preconditioning as weight decay is.
-    """
-
-    def __init__(self, params: list[nn.Parameter], strength: float) -> None:
-        self.params, self.strength = params, strength
-
-    @torch.no_grad()
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Threshold."""
-        threshold = kwargs["optimizer"].param_groups[0]["lr"] * self.strength
-        for param in self.params:
-            param.copy_(nn.functional.softshrink(param, threshold))
+    def _pruning(self, trainer: PAdamTrainer, params: list[nn.Parameter]) -> GradualPruning:
+        assert self.prune_to is not None
+        plan = (self.prune_to, self.prune_start, self.prune_end, self.prune_interval)
+        if self.prune_by == "magnitude":
+            return MagnitudePruning(params, *plan)
+        if self.prune_by == "fisher":
+            return FisherPruning(params, *plan)
+        linear = linear_weights(trainer.accelerator.unwrap_model(trainer.model), trainer.decayed_names())
+        without = {id(param) for param in params} - {id(weight) for _, weight in linear.values()}
+        if without:
+            model: Any = trainer.model
+            names = [name for name, param in model.named_parameters() if id(param) in without]
+            raise UsageError(
+                f"--prune_by {self.prune_by} looks at the inputs of linear layers, but {names[0]} and "
+                f"{len(names) - 1} other weights that decay are none's: prune by magnitude or fisher"
+            )
+        if self._at_once:
+            return CalibratedPruning(
+                params, self.prune_to, self.prune_start, trainer, self.prune_by, self.calibration_samples
+            )
+        return WandaPruning(params, *plan, linear, trainer.accelerator)
 
 
-@torch.no_grad()
-def prune_by_magnitude(params: Iterable[Tensor], share: float) -> None:
-    """Zero this share of the elements of all tensors together: the smallest."""
-    params = list(params)
-    flat = torch.cat([param.detach().abs().flatten() for param in params])
-    mask = prune.L1Unstructured(amount=share).compute_mask(flat, torch.ones_like(flat)) if share else flat != 0
-    for param, part in zip(params, mask.split([param.numel() for param in params]), strict=True):
-        param.mul_(part.view_as(param))
-
-
-@torch.no_grad()
-def prune_by_wanda(weights: Mapping[str, tuple[nn.Module, Tensor]], norms: dict[str, Tensor], share: float) -> None:
-    """Zero this share of each output's weights: those of the smallest ``|weight| * input norm`` (arXiv 2306.11695).
-
-    Args:
-        weights: Linear modules and their weights, by name.
-        norms: (inputs,) for each, the root of the inputs' summed squares over calibration tokens.
-        share: Of zeros, 0 to 1.
-    """
-    for name, (module, weight) in weights.items():
-        by_output = weight.T if isinstance(module, Conv1D) else weight  # (outputs, inputs), a view
-        scores = by_output.abs() * norms[name]
-        count = round(share * scores.shape[1])
-        by_output.scatter_(1, scores.topk(count, largest=False).indices, 0.0)
-
-
-def evaluate_one_shot(trainer: PAdamTrainer, shares: list[float]) -> list[dict[str, Any]]:
+def evaluate_one_shot(trainer: PAdamTrainer, pruning: PruningArguments, test: Any = None) -> list[dict[str, Any]]:
     """Prune a trained model in one shot in several ways, evaluate each, and put the weights back.
 
+    Args:
+        trainer: After training.
+        pruning: Says how much and how.
+        test: A dataset to evaluate on besides the validation data.
+
     Returns:
-        Rows of `method`, the share asked for, the sparsities reached, and the validation perplexity and loss.
+        Rows of `method`, the share asked for, the sparsities reached, and the perplexities and losses.
     """
-    if not shares:
-        return []
     model = trainer.accelerator.unwrap_model(trainer.model)
-    params = {name: param for name, param in model.named_parameters() if name in set(trainer.decayed_names())}
-    names = {id(param): name for name, param in params.items()}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    linear = {
-        names[id(module.weight)]: (module, module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) in names.keys() - embeddings
-    }
-    norms = _input_norms(trainer, {name: module for name, (module, _) in linear.items()})
+    decayed = set(trainer.decayed_names()) if pruning.one_shot else set()
+    params = [param for name, param in model.named_parameters() if name in decayed]
     rows = []
-    for method, share in itertools.product(("magnitude", "wanda"), shares):
-        with _restored(params.values()):
+    for method, share in itertools.product(pruning.one_shot_by, pruning.one_shot):
+        row: dict[str, Any] = {"method": method, "share": share}
+        with _restored(params):
             if method == "magnitude":
-                prune_by_magnitude(params.values(), share)
+                prune_by_magnitude(params, share)
+            elif method == "fisher":
+                prune_by_fisher(params, trainer.optimizer, share)
             else:
-                prune_by_wanda(linear, norms, share)
-            metrics = trainer.evaluate(metric_key_prefix=f"one_shot_{method}_{share:g}")
-        metrics = {key.removeprefix(f"one_shot_{method}_{share:g}_"): value for key, value in metrics.items()}
-        rows.append(
-            {
-                "method": method,
-                "share": share,
-                "validation_loss": math.log(metrics["perplexity"]),
-                "validation_perplexity": metrics["perplexity"],
-                "sparsity": metrics["sparsity"],
-                "sparsity_total": metrics["sparsity_total"],
-            }
-        )
+                prune_calibrated(trainer, method, share, pruning.calibration_samples)
+            for split, data in {"validation": None, "test": test}.items():
+                if split == "validation" or data is not None:
+                    prefix = f"one_shot_{method}_{share:g}_{split}"
+                    metrics = trainer.evaluate(data, metric_key_prefix=prefix)
+                    perplexity = metrics[f"{prefix}_perplexity"]
+                    row |= {f"{split}_loss": math.log(perplexity), f"{split}_perplexity": perplexity}
+                    row |= {key: metrics[f"{prefix}_{key}"] for key in ("sparsity", "sparsity_total")}
+        rows.append(row)
     return rows
-
-
-@torch.no_grad()
-def _input_norms(trainer: PAdamTrainer, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Measure the norm of each module's inputs, by feature, over some batches of training data."""
-    squares: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Any:
-        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            values = inputs[0].detach().float().flatten(end_dim=-2)
-            squares[name] = squares.get(name, 0.0) + values.square().sum(dim=0)
-
-        return add
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    model: Any = trainer.model
-    model.eval()
-    try:
-        for batch in itertools.islice(trainer.get_train_dataloader(), _CALIBRATION_BATCHES):
-            model(**trainer._prepare_inputs(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
-    # Each process has seen batches of its own; all must prune the same weights.
-    return {name: trainer.accelerator.reduce(value, "sum").sqrt() for name, value in squares.items()}
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from .errors import RunFailed, UsageError
 
 Options = dict[str, Any]
 RECIPES = Path(__file__).parents[1]
+_REQUEST = "options.json"
 TRAINING_RECIPES = ("pretrain_char.py", "finetune_clm.py", "finetune_clm_no_trainer.py")
 
 
@@ -38,6 +39,11 @@ class Job:
     recipe: str  # a file name in recipes/
     options: Options
     output_dir: Path
+
+    @property
+    def request(self) -> str:
+        """What is run, as text by which another run of the same is known."""
+        return json.dumps({"recipe": self.recipe, "options": self.options}, indent=1, sort_keys=True) + "\n"
 
 
 class Runner:
@@ -64,6 +70,14 @@ class Runner:
         self._stopped = False
         signal.signal(signal.SIGTERM, self._exit)
 
+    @staticmethod
+    def finished(job: Job) -> dict[str, Any] | None:
+        """Return the results that an earlier run with the same options left, if any."""
+        request, results = job.output_dir / _REQUEST, job.output_dir / "results.json"
+        if results.is_file() and request.is_file() and request.read_text() == job.request:
+            return json.loads(results.read_text())
+        return None
+
     def run(self, job: Job) -> dict[str, Any]:
         """Run one job, or take the results that an earlier run with the same options left.
 
@@ -71,17 +85,17 @@ class Runner:
             RunFailed: If it ends without results.
             UsageError: If it refuses its options, or a finished run of other options is in its place.
         """
-        asked = json.dumps({"recipe": job.recipe, "options": job.options}, indent=1, sort_keys=True) + "\n"
-        request, results, log = (job.output_dir / name for name in ("options.json", "results.json", "log.txt"))
-        if results.is_file() and request.is_file() and request.read_text() == asked:
-            return json.loads(results.read_text())
+        finished = self.finished(job)
+        if finished is not None:
+            return finished
+        results, log = (job.output_dir / name for name in ("results.json", "log.txt"))
         if results.is_file():
             raise UsageError(
                 f"{job.output_dir} holds a finished run of other options: remove it, or give another --output_dir"
             )
         shutil.rmtree(job.output_dir, ignore_errors=True)
         job.output_dir.mkdir(parents=True)
-        write_atomically(request, asked)
+        write_atomically(job.output_dir / _REQUEST, job.request)
         environment = self._slots.get()
         try:
             command = [sys.executable, str(RECIPES / job.recipe), *as_arguments(job.options)]

@@ -27,8 +27,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_padam import compress, compression, decompress, model_directory, save_compressed
+from hf_padam import compress, decompress, save_compressed
 from hf_padam.__main__ import main
+from hf_padam.compression import compress as compression
+from hf_padam.compression import model_directory
 from hf_padam.compression.model_directory import ModelDirectory, unpack
 from hf_padam.compression.packing import CompressionError, TensorInfo, pack_chunk
 

@@ -312,7 +312,7 @@ def scheduled():
         (lambda: nn.Linear(2, 2), {}, TypeError, "Linear, which is no torch.optim.Optimizer"),
         (lambda: TransformersAdafactor([ones()]), {}, ValueError, "no learning rate.*relative_step=False"),
         (lambda: sgd(ones(), zeros()), {}, ValueError, "number 1 of its group, .* is all zeros.*params="),
-        (lambda: sgd(ones()), {"p_norm": 0}, ValueError, "p_norm=0 is not allowed"),
+        (lambda: sgd(ones()), {"p_norm": float("inf")}, ValueError, "p_norm=inf is not allowed"),
         (lambda: sgd(ones()), {"lambda_p": -1.0}, ValueError, "lambda_p=-1.0 is not allowed"),
         (lambda: sgd(ones()), {"params": [("foreign", ones())]}, ValueError, r"1 of the 1 .*\(foreign.*not in this"),
         (lambda: sgd(ones()), {"params": []}, ValueError, "params is empty"),

@@ -170,8 +170,8 @@ def test_add_param_group_after_training_has_begun():
 
 def test_a_refused_group_leaves_the_optimizer_as_it_was():
     param, optimizer = make()
-    with pytest.raises(ValueError, match="p_norm=-1"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "p_norm": -1})
+    with pytest.raises(ValueError, match="p_norm=inf"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "p_norm": float("inf")})
     assert len(optimizer.param_groups) == 1
     advance(param, optimizer)
 
@@ -292,7 +292,8 @@ def test_a_tensor_that_starts_at_zero_is_refused_by_name():
         ("lr", -1e-3), ("lr", float("nan")), ("lr", float("inf")), ("lr", "1e-3"),
         ("betas", (0.9,)), ("betas", (1.0, 0.999)), ("betas", (0.9, -0.1)), ("betas", 0.9),
         ("eps", 0.0), ("eps", -1e-8), ("eps", 1e-50),
-        ("p_norm", 0.0), ("p_norm", -0.5), ("p_norm", float("inf")), ("p_norm", float("nan")), ("p_norm", True),
+        ("importance", "wanda"), ("importance", None), ("p_norm", "0.8"),
+            ("p_norm", float("inf")), ("p_norm", float("nan")), ("p_norm", True),
         ("lambda_p", -0.1), ("lambda_p", float("nan")), ("lambda_p", None),
         ("weight_decay", -0.1), ("weight_decay", float("inf")),
         ("late_decay", 1), ("s_rate", 0.0), ("s_rate", 1.5), ("s_rate", float("nan")), ("s_rate", "1"),
@@ -320,7 +321,7 @@ def test_nan_gradients_show_instead_of_being_decayed_away():
 
 
 def test_auto_takes_eager_for_small_models_and_says_so_without_a_compiler(monkeypatch, caplog):
-    from hf_padam import backends
+    from hf_padam.optim import backends
     from hf_padam.optim.backends import compiled, eager
 
     cpu = torch.device("cpu")

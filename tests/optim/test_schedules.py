@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import blocks, tiny_llama
+from conftest import blocks, options, tiny_llama
 from oracle import Oracle
-from test_trainer import options
 from torch import nn
 from transformers import Trainer, TrainingArguments
 

@@ -25,8 +25,9 @@ from conftest import REPOSITORY, TEXT, tiny_gpt2, tiny_llama
 from support.arguments import DataArguments, ModelArguments, parse_arguments
 from support.characters import Blocks, character_tokenizer, collate_blocks, encode
 from support.errors import UsageError
+from support.importance_scores import prune_by_wanda
 from support.pareto import Comparison, Point, differences, loss_at, pareto_front
-from support.pruning import MagnitudePruning, SoftThreshold, prune_by_magnitude, prune_by_wanda
+from support.pruning import MagnitudePruning, SoftThreshold, prune_by_magnitude
 from support.trials import Job, RunFailed, as_arguments, check_options, read_plan
 from test_recipes import run_recipe
 from torch import nn
@@ -82,7 +83,7 @@ def test_pretrain_char_evaluates_every_character_of_the_tail_and_reports_both_sp
         zeros = sum(int((p == 0).sum()) for p in tensors) / sum(p.numel() for p in tensors)
         assert 0.05 < results[key] == pytest.approx(zeros), key
     assert [(row["method"], row["share"]) for row in results["one_shot"]] == [
-        ("magnitude", 0.5), ("magnitude", 0.75), ("wanda", 0.5), ("wanda", 0.75),
+        ("magnitude", 0.5), ("magnitude", 0.75), ("wanda", 0.5), ("wanda", 0.75), ("fisher", 0.5), ("fisher", 0.75),
     ]  # fmt: skip
     assert results["one_shot"][1]["sparsity"] == pytest.approx(max(0.75, results["sparsity"]), abs=1e-3)
 
@@ -286,7 +287,8 @@ def test_compare_tables_every_method_and_takes_up_what_is_finished(tmp_path, tex
     assert result.returncode == 0, result.stderr[-3000:]
     rows = list(csv.DictReader((out / "pareto.csv").open()))
     assert [row["method"] for row in rows[::2]] == [
-        "AdamW", "AdamW, one-shot magnitude", "AdamW, one-shot wanda", "gradual", "gradual", "PAdam",
+        "AdamW", "AdamW, one-shot magnitude", "AdamW, one-shot wanda", "AdamW, one-shot fisher",
+        "gradual", "gradual", "PAdam",
     ]  # fmt: skip
     padam = [float(row["loss"]) for row in rows if row["method"] == "PAdam"]
     directories = [out / f"padam_p_norm_0.5_lambda_p_0.05-seed{seed}" for seed in (1, 2)]

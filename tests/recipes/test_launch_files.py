@@ -63,7 +63,7 @@ def test_accelerate_understands_every_key_of_a_launch_file(file):
 
 @pytest.mark.parametrize("file", LAUNCH_FILES, ids=lambda file: file.stem)
 def test_the_readme_has_every_launch_file(file):
-    assert f"`{file.name}`" in (REPOSITORY / "README.md").read_text()
+    assert f"`{file.name}`" in (REPOSITORY / "recipes" / "README.md").read_text()
 
 
 def test_several_machines_shard_as_one_does():

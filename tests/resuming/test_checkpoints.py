@@ -9,8 +9,7 @@ import shutil
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import blocks, tiny_llama
-from test_trainer import options
+from conftest import blocks, options, tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments

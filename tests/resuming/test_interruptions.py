@@ -14,9 +14,8 @@ import time
 
 import pytest
 import torch
-from conftest import REPOSITORY, blocks, tiny_llama
+from conftest import REPOSITORY, blocks, options, tiny_llama
 from test_recipes import RECIPES, run_recipe, write_config
-from test_trainer import options
 from transformers import TrainerCallback
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments

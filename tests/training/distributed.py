@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import runpy
 import sys
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import blocks, tiny_llama
+from processes import leave
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -203,20 +203,6 @@ def over_gloo(script: str, *arguments: str) -> None:
     sys.argv = [script, *arguments]
     sys.path.insert(0, os.path.dirname(script))
     runpy.run_path(script, run_name="__main__")
-
-
-def leave(result: dict) -> None:
-    """Print the result on the first process, and end this one at once.
-
-    Without an interpreter's usual end: torch's threads (gloo's, checkpointing's) are still running then in one run of
-    four or so, and abort the process although all is done.
-    """
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print("RESULT " + json.dumps(result), flush=True)  # noqa: T201
-    if dist.is_initialized():
-        dist.barrier()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import signal
 
 import pytest
 import torch
-from conftest import blocks, tiny_llama
+from conftest import blocks, options, tiny_llama
 from test_interruptions import At, rows, weights
-from test_trainer import check_outcome, options
+from test_trainer import check_outcome
 from transformers import Trainer
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments, add_pnorm_decay

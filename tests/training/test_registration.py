@@ -106,7 +106,9 @@ def test_optim_args_are_typed(text, expected):
         ("p_norm=0.8,p_norm=0.5", "twice"),
         ("decay_embeddings=maybe", "must be true or false"),
         ("backend=gpu", "backend='gpu' must be one of auto"),
-        ("p_norm=0", "p_norm=0.0 is not allowed"),
+        ("p_norm=inf", "p_norm=inf is not allowed"),
+        ("p_norm=-inf", "needs a target_sparsity"),
+        ("importance=wanda", "must be one of magnitude, fisher"),
         ("p_norm=nan", "p_norm=nan is not allowed"),
         ("lambda_p=-1", "lambda_p=-1.0 is not allowed"),
         ("lambda_p=inf", "lambda_p=inf is not allowed"),
@@ -122,7 +124,13 @@ def test_bad_optim_args_are_one_clear_error(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("p_norm", -1.0), ("lambda_p", float("nan")), ("learning_rate", -1e-3), ("adam_beta1", 1.5)]
+    ("field", "value"),
+    [
+        ("p_norm", float("inf")),
+        ("lambda_p", float("nan")),
+        ("learning_rate", -1e-3),
+        ("adam_beta1", 1.5),
+    ],
 )
 def test_bad_fields_are_refused_at_once(tmp_path, field, value):
     with pytest.raises(ValueError, match="is not allowed"):

@@ -9,22 +9,12 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, blocks, character_tokenizer, tiny_llama
+from conftest import OPTIM_ARGS, REPOSITORY, blocks, character_tokenizer, options, tiny_llama
 from datasets import Dataset
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments, decayed_parameters, get_param_groups
-
-OPTIM_ARGS = "p_norm=0.5,lambda_p=0.3"
-
-
-def options(tmp_path, **more) -> dict:
-    return {
-        "output_dir": str(tmp_path), "optim": "padam", "optim_args": OPTIM_ARGS, "learning_rate": 3e-3,
-        "max_steps": 20, "per_device_train_batch_size": 4, "logging_steps": 5, "save_strategy": "no",
-        "report_to": "none", "use_cpu": True, "disable_tqdm": True,
-    } | more  # fmt: skip
 
 
 def check_outcome(model: nn.Module, optimizer: torch.optim.Optimizer | None, embeddings_decay: bool = False) -> None:

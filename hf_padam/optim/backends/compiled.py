@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from ..update import Form, Rounding, Scalars, exact_power, random_bits, update_
-from .fast_power import LARGEST_EXPONENT, PARTS, fast_power, split_exponent
+from .fast_power import LARGEST_EXPONENT, PARTS, SMALLEST_EXPONENT, fast_power, split_exponent
 
 _ROW = 64
-_PLAIN = len(Scalars._fields) - 3  # how many `Scalars.numbers` there are
+_PLAIN = len(Scalars._fields) - 4  # how many `Scalars.numbers` there are
 
 
 @functools.cache
@@ -57,9 +57,13 @@ def step(
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([s] if s else [])]
     dtypes = [tensors[0].dtype for tensors in lists]
     arithmetic = torch.promote_types(dtypes[0], torch.float32)
-    fast = arithmetic == torch.float32 and abs(scalars.exponent) <= LARGEST_EXPONENT
-    kernel = _kernel(scalars.form, scalars.late_decay, fast, rounding is not None, *dtypes)
-    parts = split_exponent(scalars.exponent) if fast else ()
+    form = scalars.form
+    parts: tuple[float, ...] = ()
+    squares = None
+    if form in (Form.BELOW_TWO, Form.ABOVE_TWO) or s:
+        if arithmetic == torch.float32 and SMALLEST_EXPONENT <= scalars.exponent <= LARGEST_EXPONENT:
+            parts, squares = split_exponent(scalars.exponent)
+    kernel = _kernel(form, scalars.late_decay, scalars.fisher, squares, rounding is not None, *dtypes)
     rate = [scalars.s_rate] if s else []
     values = torch.tensor([*scalars.numbers, *rate, *parts], dtype=arithmetic)
     numbers = [values]
@@ -99,23 +103,34 @@ def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], 
 
 
 @functools.cache
-def _kernel(form: Form, late: bool, fast: bool, rounds: bool, *dtypes: torch.dtype) -> Callable[..., object]:
+def _kernel(
+    form: Form, late: bool, fisher: bool, squares: int | None, rounds: bool, *dtypes: torch.dtype
+) -> Callable[..., object]:
     """Compile `update_` for one form and one set of dtypes: four, or five with that of `s`.
+
+    Args:
+        form: See `Scalars`.
+        late: See `Scalars`.
+        fisher: See `Scalars`.
+        squares: From `split_exponent`; None if the exact power is to be taken, or none at all.
+        rounds: Whether to round stochastically.
+        dtypes: Of the tensors.
 
     Returns:
         ``kernel(param, grad, exp_avg, exp_avg_sq[, s], values, keys)``: tensors of shape (rows, _ROW), of these
         dtypes; the numbers in `Scalars`, followed by its `s_rate` if there is `s` and the parts of the exponent if
-        `fast`; and, only if it `rounds` stochastically, the keys of the tensor and of the step and the position of
-        the first element.
+        there are `squares`; and, only if it `rounds` stochastically, the keys of the tensor and of the step and the
+        position of the first element.
     """
     from . import inductor
 
-    power: Any = fast_power if fast else exact_power
+    fast = squares is not None
+    power: Any = functools.partial(fast_power, squares=squares) if squares is not None else exact_power
     follows = len(dtypes) == 5
 
     # No annotations: they would end up in inductor's cache key.
     def take_step(param, grad, exp_avg, exp_avg_sq, values, keys, s=None):
-        scalars = Scalars(form, *values[:_PLAIN].unbind())._replace(late_decay=late)
+        scalars = Scalars(form, *values[:_PLAIN].unbind())._replace(late_decay=late, fisher=fisher)
         if follows:
             scalars = scalars._replace(s_rate=values[_PLAIN])
         if fast:

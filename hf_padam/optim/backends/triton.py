@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..update import Rounding, Scalars, prepare
 from . import eager
-from .fast_power import split_exponent
+from .fast_power import exponent_parts
 
 _BLOCK = 2048  # elements; with 8 warps, 8 elements a thread
 _WARPS = 8
@@ -129,10 +129,11 @@ def _launch(
             rounding.step_key if rounding else 0,
             len(params),
             *scalars.numbers,
-            *split_exponent(scalars.exponent)[:3],
+            *exponent_parts(scalars.exponent),
             scalars.s_rate if len(lists) == 5 else None,
             FORM=FORM_NUMBER[scalars.form],
             LATE=scalars.late_decay,
+            FISHER=scalars.fisher,
             **dtypes,
             ROUND=rounding is not None,
             ALIGNED=table.aligned and all(address % 16 == 0 for address in addresses[1]),

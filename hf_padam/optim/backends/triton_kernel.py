@@ -9,11 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..update import FLUSH_THRESHOLD, MULTIPLIERS, Form
+from ..update import FLUSH_THRESHOLD, LARGEST, MULTIPLIERS, Form
 
-NONE, HALF, ONE, THREE_HALVES, TWO, BELOW_TWO, ABOVE_TWO = (tl.constexpr(i) for i in range(len(Form)))
+NONE, HOLD, HARD, MINUS_ONE, ZERO, HALF, ONE, THREE_HALVES, TWO, BELOW_TWO, ABOVE_TWO = (
+    tl.constexpr(i) for i in range(len(Form))
+)
 FORM_NUMBER = {form: i for i, form in enumerate(Form)}
 _FLUSH = tl.constexpr(FLUSH_THRESHOLD)
+_LARGEST = tl.constexpr(LARGEST)
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _MANTISSA = tl.constexpr(0x007FFFFF)
 _ONE = tl.constexpr(0x3F800000)
@@ -39,21 +42,52 @@ def power(x, y, y_upper, y_lower, at_zero):
 
 
 @triton.jit
-def inverse_factor(weight, shrink, decay, y, y_upper, y_lower, at_zero, FORM: tl.constexpr):
-    """Return ``1 / r(weight)``, see `update.inverse_factor`."""
+def inverse_factor(
+    weight,
+    root,
+    young,
+    shrink,
+    decay,
+    size_scale,
+    y,
+    y_upper,
+    y_lower,
+    at_zero,
+    FORM: tl.constexpr,
+    FISHER: tl.constexpr,
+):
+    """Return ``1 / r(x)``, see `update.inverse_factor`."""
     magnitude = tl.abs(weight)
     if FORM == NONE:
         result = tl.zeros_like(weight) + shrink
-    elif FORM == HALF:
-        result = shrink + decay / (magnitude * tl.sqrt(magnitude))
-    elif FORM == ONE:
-        result = shrink + decay / magnitude
-    elif FORM == THREE_HALVES:
-        result = shrink + decay / tl.sqrt(magnitude)
-    elif FORM == TWO:
-        result = tl.zeros_like(weight) + (shrink + decay)
+    elif FORM == HOLD:
+        result = tl.where(magnitude == 0, float("inf"), tl.zeros_like(weight) + shrink)
     else:
-        result = shrink + decay * power(magnitude, y, y_upper, y_lower, at_zero)
+        if FISHER:  # no zero may meet an infinity
+            x = (magnitude * tl.minimum(root, _LARGEST)) * size_scale
+        else:
+            x = magnitude * size_scale
+        if FORM == HARD:
+            decayed = tl.where(x < 1, float("inf"), tl.zeros_like(x))
+        elif FORM == MINUS_ONE:
+            inverse = 1 / x
+            decayed = (decay * inverse) * (inverse * inverse)
+        elif FORM == ZERO:
+            inverse = 1 / x
+            decayed = (decay * inverse) * inverse
+        elif FORM == HALF:
+            decayed = decay / (x * tl.sqrt(x))
+        elif FORM == ONE:
+            decayed = decay / x
+        elif FORM == THREE_HALVES:
+            decayed = decay / tl.sqrt(x)
+        elif FORM == TWO:
+            decayed = tl.zeros_like(weight) + decay
+        else:
+            decayed = decay * power(x, y, y_upper, y_lower, at_zero)
+        if FISHER:  # zeros stay zero all the same
+            decayed = tl.where(young & (magnitude > 0), 0.0, decayed)
+        result = shrink + decayed
     return result
 
 
@@ -94,12 +128,15 @@ def step_kernel(
     shrink,
     decay,
     y,
+    size_scale,
+    young_scale,
     y_upper,
     y_lower,
     at_zero,
     s_rate,  # None, which makes it a constant, if there is no s
     FORM: tl.constexpr,
     LATE: tl.constexpr,
+    FISHER: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     MOMENT1: tl.constexpr,
@@ -130,10 +167,11 @@ def step_kernel(
     gradient = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     # 1. Adam's moments. (The other common form, m + (1 - beta1) * (g - m), overflows for huge gradients.)
     first = beta1 * tl.load(exp_avg + at, mask=inside, other=0.0).to(tl.float32) + one_minus_beta1 * gradient
-    second = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32)
-    second = beta2 * second + one_minus_beta2 * gradient * gradient
+    before = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32)
+    second = beta2 * before + one_minus_beta2 * gradient * gradient
     # 2. Adam's step, bias corrections folded into the scalars.
-    stepped = weight - step_size * (first / (tl.sqrt(second) * inverse_root_correction2 + eps))
+    root = tl.sqrt(second)
+    stepped = weight - step_size * (first / (root * inverse_root_correction2 + eps))
     # 3. pWD: shrink by the factor of the weight before the step; or after it; or of what follows the weight.
     if s_rate is not None:
         auxiliary = tl.load(row + 4 * tensors).to(tl.pointer_type(tl.float32))
@@ -146,12 +184,17 @@ def step_kernel(
             new = stepped / shrink
         else:
             new = stepped / (shrink + decay * s)
-    elif LATE:
-        new = stepped / inverse_factor(stepped, shrink, decay, y, y_upper, y_lower, at_zero, FORM)
     else:
-        new = stepped / inverse_factor(weight, shrink, decay, y, y_upper, y_lower, at_zero, FORM)
+        if LATE:
+            measured = stepped
+        else:
+            measured = weight
+        young = tl.maximum(first * first, 0.25 * gradient * gradient) * young_scale >= before
+        new = stepped / inverse_factor(
+            measured, root, young, shrink, decay, size_scale, y, y_upper, y_lower, at_zero, FORM, FISHER
+        )
     # 4. What is as good as dead is zero, on every device alike.
-    if FORM == HALF or FORM == ONE or FORM == THREE_HALVES or FORM == BELOW_TWO:
+    if FORM != NONE and FORM != TWO and FORM != ABOVE_TWO:
         new = tl.where(tl.abs(new) < _FLUSH, 0.0, new)
     # 5. Back into the storage dtype.
     if ROUND:

@@ -1,0 +1,133 @@
+"""How large the decay takes weights to be: their sizes ``x``, and the scalar ``mu`` that gives these their unit.
+
+A step computes ``x`` where it needs it, in registers. This is for what is done now and then: choosing ``mu``, and the
+quantiles of `target_sparsity`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..sparsity import local_shard, local_tensor, shard_coordinate, sum_over_shards
+from .update import LARGEST, YOUNG_STEPS, random_key
+
+REFERENCE = "reference"
+"""The key of a steered group for the size that `update.prepare` takes in place of lambda_p."""
+
+SCALE, SCALE_STEP = "importance_scale", "importance_step"
+"""Keys of a group under "fisher": mu, and after how many steps it was computed."""
+
+_GROWTH = 1.05
+"""mu is computed anew when the number of steps has grown by this factor: some 200 times in 100,000 steps."""
+
+_SLICE = 2**22
+"""Elements that are read at a time."""
+
+
+class Measured(NamedTuple):
+    """A parameter as far as it is held here, and what the sizes of its weights come from."""
+
+    weight: Tensor  # any shape
+    second: Tensor | None  # under "fisher" the second moments, same shape or, before the first gradient, a single zero
+    factor: float  # x = |weight| * sqrt(second) * factor
+    sharding: Any  # see `sparsity.local_shard`
+    key: int  # random, another for each parameter and shard, the same on replicas
+
+    def stride(self, sample: int | None) -> int:
+        """Return a distance between elements that yields about so many, in all columns; all of them if None."""
+        step = max(1, self.weight.numel() // sample) if sample else 1
+        while self.weight.ndim and math.gcd(step, self.weight.shape[-1]) > 1 < self.weight.shape[-1]:
+            step += 1  # else it would see some columns only
+        return step
+
+    def slices(self, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every `step`-th weight and its size, in fp32 and flat, a part of the tensor at a time.
+
+        A weight that has had no gradient under "fisher" has an infinite size, unless it is zero.
+        """
+        flat = self.weight.detach().reshape(-1)
+        moments = None if self.second is None else self.second.expand(self.weight.shape).reshape(-1)
+        for start in range(0, flat.numel(), _SLICE * step):
+            part = slice(start, start + _SLICE * step, step)
+            weight = flat[part]
+            x = weight.abs().float()
+            if moments is not None:
+                second = moments[part].float()
+                young = (second == 0) & (x > 0)
+                x = torch.where(young, math.inf, x * second.sqrt().clamp(max=LARGEST) * self.factor)
+            yield weight, x
+
+
+def measure(optimizer: Optimizer, groups: Iterable[dict[str, Any]], scale: float = 1.0) -> list[Measured]:
+    """Return what the sizes of the trainable weights of some groups come from.
+
+    Args:
+        optimizer: `PAdam`, or a relative of Adam that keeps `exp_avg_sq`.
+        groups: Of the optimizer.
+        scale: mu.
+    """
+    measured: list[Measured] = []
+    for group in groups:
+        for param in group["params"]:
+            if not param.requires_grad:
+                continue
+            weight, sharding = local_shard(param)
+            rank = (dist.get_rank(sharding),) if isinstance(sharding, dist.ProcessGroup) else shard_coordinate(param)
+            second, factor = None, 1.0
+            if group.get("importance") == "fisher":
+                second = weight.new_zeros(())
+                state = optimizer.state.get(param) or {}
+                if "exp_avg_sq" in state:
+                    second = local_tensor(state["exp_avg_sq"])
+                    second = second.dequantize() if hasattr(second, "codes") else second
+                    factor = (1 - group["betas"][1] ** float(state["step"])) ** -0.5 / scale
+            measured.append(Measured(weight, second, factor, sharding, random_key(len(measured), *rank)))
+    return measured
+
+
+def fisher_scale(measured: Iterable[Measured], sample: int | None = None) -> float:
+    """Return mu, with which the mean of x^2 is that of w^2, over all weights that have had gradients, on all shards.
+
+    Args:
+        measured: From `measure`, with a scale of 1.
+        sample: Look at about this many elements of each shard at most.
+    """
+    totals: dict[tuple, Tensor] = {}
+    for tensor in measured:
+        device = tensor.weight.device
+        precise = torch.float32 if device.type == "mps" else torch.float64
+        sums, step = torch.zeros(2, dtype=precise, device=device), tensor.stride(sample)
+        for weight, x in tensor.slices(step):
+            known = x.isfinite()
+            sums[0] += step * torch.where(known, x.to(precise), 0).square().sum()
+            sums[1] += step * torch.where(known, weight.to(precise), 0).square().sum()
+        key = device, tensor.sharding
+        totals[key] = totals[key] + sums if key in totals else sums
+    pairs = [sum_over_shards(total, key[1]).tolist() for key, total in totals.items()]
+    squared_x, squared_w = (sum(column) for column in zip(*pairs, strict=True))
+    return math.sqrt(squared_x / squared_w) if squared_x > 0 else 1.0
+
+
+def update_scale(optimizer: Optimizer) -> None:
+    """Compute mu of the groups under "fisher" that nothing steers, if it is time to; to be called before a step.
+
+    Since all processes, and a resumed run, have the same weights and moments after the same steps, they have the same
+    mu. Between two computations nothing is read from the device.
+    """
+    pool = [g for g in optimizer.param_groups if g.get("importance") == "fisher" and g["lambda_p"] > 0]
+    pool = [group for group in pool if REFERENCE not in group]
+    states = (optimizer.state.get(param) for group in pool for param in group["params"])
+    taken = next((int(state["step"]) for state in states if state), 0)
+    if taken < YOUNG_STEPS:
+        return
+    if any(SCALE not in group for group in pool) or taken >= _GROWTH * pool[0][SCALE_STEP]:
+        scale = fisher_scale(measure(optimizer, pool))
+        for group in pool:
+            group |= {SCALE: scale, SCALE_STEP: taken}

@@ -1,0 +1,267 @@
+"""The Fisher importance: its scale, that no evidence is not unimportance, and steering by it."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hf_padam import PAdam, PAdam8bit, TargetSparsity, add_pnorm_decay
+from hf_padam.optim.importance import fisher_scale, measure
+from hf_padam.optim.update import YOUNG_STEPS
+
+SHAPE = (40, 64)
+
+
+def noisy(step: int, spread: torch.Tensor) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(step)) * spread
+
+
+def trained(steps: int, loss_scale: float = 1.0, gradient=noisy, optimizer_class=PAdam, steer=None, **options):
+    """A matrix whose gradients are noise of very unlike sizes; and its optimizer."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(SHAPE) * 0.05)
+    spread = torch.exp(2 * torch.randn(SHAPE))
+    optimizer = optimizer_class([weight], **dict(lr=1e-3, p_norm=0.5, importance="fisher", eps=1e-30) | options)
+    if steer:
+        TargetSparsity(optimizer, steer, steps)
+    for step in range(steps):
+        weight.grad = gradient(step, spread) * loss_scale
+        optimizer.step()
+    return weight.detach(), optimizer
+
+
+def test_the_mean_square_size_is_that_of_the_weights():
+    weight, optimizer = trained(30)
+    (group,) = optimizer.param_groups
+    (state,) = optimizer.state.values()
+    mu = fisher_scale(measure(optimizer, [group]))
+    x = weight.double().abs() * (state["exp_avg_sq"].double() / (1 - 0.999**30)).sqrt() / mu
+    torch.testing.assert_close(x.square().mean(), weight.double().square().mean(), rtol=1e-5, atol=0)
+    assert group["importance_scale"] == pytest.approx(mu, rel=0.2) and group["importance_step"] in range(20, 30)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("how", [{"lambda_p": 1e-3}, {"steer": 0.6}, {"steer": 0.6, "p_norm": -3.0}], ids=str)
+def test_the_scale_of_the_loss_does_not_matter(scale, how):
+    plain, scaled = trained(60, **how)[0], trained(60, loss_scale=scale, **how)[0]
+    torch.testing.assert_close(plain, scaled, rtol=1e-3, atol=1e-5)
+    assert 0.05 < (plain == 0).float().mean() < 0.95
+
+
+def test_lambda_p_is_of_the_same_order_as_under_magnitude():
+    def share(importance):
+        return float((trained(100, lambda_p=0.03, importance=importance)[0] == 0).float().mean())
+
+    assert 0.1 < share("magnitude") < 0.9 and share("magnitude") / 4 < share("fisher") < 4 * share("magnitude")
+
+
+def test_among_equal_weights_those_die_that_the_loss_would_not_miss():
+    torch.manual_seed(0)
+    spread = torch.where(torch.arange(64) < 32, 0.01, 1.0).expand(SHAPE)
+    weight = nn.Parameter(torch.full(SHAPE, 0.05))
+    optimizer = PAdam([weight], lr=1e-4, p_norm=-1, importance="fisher")
+    TargetSparsity(optimizer, 0.5, 60)
+    for step in range(60):
+        weight.grad = noisy(step, spread)
+        optimizer.step()
+    assert bool((weight[:, :32] == 0).all()) and bool((weight[:, 32:] != 0).all())
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("p_norm", [-8.0, -1.0, 0.8, -math.inf])
+def test_a_weight_without_a_gradient_so_far_is_left_alone(backend, p_norm):
+    def gradient(step, spread):
+        grad = noisy(step, spread)
+        grad[:7] = 0
+        return grad
+
+    weight, _ = trained(40, gradient=gradient, lambda_p=10.0, p_norm=p_norm, backend=backend)
+    start = trained(0)[0]
+    assert torch.equal(weight[:7], start[:7]) and (weight[7:] == 0).any()
+
+
+@pytest.mark.parametrize("beta2", [0.99, 0.999])
+def test_none_dies_by_its_first_few_gradients_whenever_they_come(beta2):
+    """An expert is first routed to after 200 steps. Later its weights are as important as all others."""
+
+    def gradient(step, spread):
+        grad = noisy(step, torch.ones(()))
+        if step < 200:
+            grad[:7] = 0
+        return grad
+
+    def late(steps):
+        return trained(steps, gradient=gradient, lambda_p=1e-5, p_norm=-1.0, betas=(0.9, beta2), eps=1e-8)[0]
+
+    before, after = late(200)[:7], late(204)
+    assert 0.05 < (after[7:] == 0).float().mean() < 0.5
+    assert (before - after[:7]).abs().median() > 1e-3  # they have trained
+    assert (after[:7] == 0).float().mean() < 0.02
+
+
+def test_a_needed_weight_whose_first_three_gradients_happen_to_be_tiny_lives():
+    def gradient(step, spread):
+        grad = noisy(step, torch.ones(()))
+        if step < 3:
+            grad[0] *= 1e-6
+        return grad
+
+    weight, _ = trained(40, gradient=gradient, lambda_p=0.003, p_norm=0.0)
+    shares = (weight == 0).float().mean(1)
+    assert 0.05 < shares[1:].mean() < 0.5 and shares[0] < 2 * shares[1:].mean()
+    early, _ = trained(YOUNG_STEPS, gradient=gradient, lambda_p=1e3)
+    assert (early != 0).all()
+
+
+def test_zeros_stay_zero_while_nothing_else_decays():
+    weight = nn.Parameter(torch.tensor([0.0, 0.1]))
+    optimizer = PAdam([weight], lr=1e-2, importance="fisher")
+    for _ in range(YOUNG_STEPS):
+        weight.grad = torch.ones(2)
+        optimizer.step()
+    assert weight[0] == 0 and weight[1].item() == pytest.approx(0.1 - 0.01 * YOUNG_STEPS, abs=1e-5)
+
+
+@pytest.mark.parametrize("stop", [5, 12, 23, 40])
+@pytest.mark.parametrize("steer", [None, 0.6])
+def test_a_resumed_run_goes_on_to_the_bit(stop, steer):
+    whole, _ = trained(60, steer=steer, lambda_p=0.3)
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(SHAPE) * 0.05)
+    spread, saved = torch.exp(2 * torch.randn(SHAPE)), None
+    for part in (range(stop), range(stop, 60)):
+        optimizer = PAdam([weight], lr=1e-3, p_norm=0.5, importance="fisher", eps=1e-30, lambda_p=0.3)
+        if steer:
+            TargetSparsity(optimizer, steer, 60)
+        if saved:
+            optimizer.load_state_dict(saved)
+        for step in part:
+            weight.grad = noisy(step, spread)
+            optimizer.step()
+        saved = copy.deepcopy(optimizer.state_dict())
+    assert torch.equal(weight.detach(), whole)
+
+
+@pytest.mark.parametrize("optimizer_class", [PAdam, PAdam8bit])
+@pytest.mark.parametrize("p_norm", [-8.0, -3.0, -1.0, 0.0, 0.8, 1.5, -math.inf])
+@pytest.mark.parametrize("importance", ["magnitude", "fisher"])
+def test_every_p_arrives_by_either_importance(optimizer_class, p_norm, importance):
+    if optimizer_class is PAdam8bit:
+        pytest.importorskip("torchao")
+    options = dict(p_norm=p_norm, importance=importance, optimizer_class=optimizer_class, steer=0.7)
+    weight, _ = trained(60, **options)
+    assert abs((weight == 0).float().mean() - 0.7) < 1 / weight.numel()
+
+
+@pytest.mark.parametrize("levels", [1, 2, 15])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ties_are_broken_so_that_the_target_is_met(levels, dtype):
+    torch.manual_seed(0)
+    weight = nn.Parameter((torch.randint(1, levels + 1, SHAPE) / levels).to(dtype))
+    optimizer = PAdam([weight], lr=0.0)
+    TargetSparsity(optimizer, 0.7, 10)
+    for _ in range(10):
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    rows = (weight == 0).float().mean(1)
+    assert rows.mean() == pytest.approx(0.7, abs=1 / weight.numel())
+    assert levels > 1 or 0.4 < rows.min() < rows.max() < 0.95  # spread evenly
+
+
+def test_if_too_few_have_evidence_the_others_go_by_magnitude_to_the_same_share():
+    def gradient(step, spread):
+        grad = noisy(step, spread)
+        grad[10:] = 0
+        return grad
+
+    weight, _ = trained(60, gradient=gradient, steer=0.6, p_norm=-1.0)
+    start = trained(0)[0]
+    assert (weight == 0).float().mean() == pytest.approx(0.6, abs=1e-3)
+    assert (weight[10:] == 0).float().mean() == pytest.approx(0.6, abs=1e-2)
+    died = weight[10:] == 0
+    assert start[10:][died].abs().max() <= start[10:][~died].abs().min()
+
+
+def test_a_copy_that_nothing_steers_holds():
+    weight = nn.Parameter(torch.randn(SHAPE) * 0.05)
+    steered = PAdam([weight], lr=1e-3, p_norm=0.5)
+    TargetSparsity(steered, 0.7, 100)
+    for step in range(50):
+        weight.grad = noisy(step, torch.ones(()))
+        steered.step()
+    other = copy.deepcopy(steered)
+    (copied,) = other.param_groups[0]["params"]
+    before = copied == 0
+    for step in range(50, 100):
+        copied.grad = noisy(step, torch.ones(()))
+        other.step()
+    assert 0.3 < before.float().mean() < 0.7 and torch.equal(copied == 0, before)
+
+
+def test_all_at_once():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(SHAPE) * 0.05)
+    optimizer = PAdam([weight], lr=1e-3, importance="fisher", p_norm=-1.0)
+    TargetSparsity(optimizer, 0.5, 50, start=0.3, end=0.3)
+    shares = []
+    for step in range(50):
+        weight.grad = noisy(step, torch.ones(()))
+        optimizer.step()
+        shares.append(float((weight == 0).float().mean()))
+    assert shares == [0.0] * 15 + [0.5] * 35
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"importance": "wanda"}, "importance='wanda' is not allowed"),
+        ({"s_rate": 0.5}, 's_rate=0.5 and importance="fisher" exclude each other'),
+        ({"importance": "magnitude", "s_rate": 0.5, "p_norm": -1}, "s_rate=0.5 and p_norm=-1 exclude each other"),
+        ({"p_norm": math.inf}, "p_norm=inf is not allowed"),
+        ({"p_norm": math.nan}, "p_norm=nan is not allowed"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        trained(0, **options)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "RAdam"])
+def test_relatives_of_adam_can_measure_by_their_own_second_moments(name):
+    torch.manual_seed(0)
+    spread = torch.where(torch.arange(64) < 32, 0.01, 1.0).expand(SHAPE)
+    weight = nn.Parameter(torch.full(SHAPE, 0.05))
+    optimizer = getattr(torch.optim, name)([weight], lr=1e-4)
+    add_pnorm_decay(optimizer, p_norm=0.5, lambda_p=0.3, importance="fisher")
+    for step in range(60):
+        weight.grad = noisy(step, spread)
+        optimizer.step()
+        assert step >= YOUNG_STEPS or weight.all()
+    assert (weight[:, :32] == 0).float().mean() > 0.9 and weight[:, 32:].all()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Muon", "Adafactor", "RMSprop"])
+def test_an_optimizer_without_second_moments_is_refused(name):
+    optimizer = getattr(torch.optim, name)([nn.Parameter(torch.ones(4, 4))])
+    with pytest.raises(ValueError, match=f"needs second moments, and {name} keeps none"):
+        add_pnorm_decay(optimizer, importance="fisher")
+
+
+def test_with_adam_the_decay_around_the_step_is_that_of_padam():
+    """But for weights with large gradients in a step, which only PAdam can see."""
+    weights = [nn.Parameter(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) * 0.05) for _ in range(2)]
+    padam = PAdam([weights[0]], lr=1e-3, p_norm=0.5, lambda_p=0.01, importance="fisher")
+    adam = torch.optim.Adam([weights[1]], lr=1e-3)
+    add_pnorm_decay(adam, p_norm=0.5, lambda_p=0.01, importance="fisher")
+    for step in range(40):
+        for weight, optimizer in zip(weights, (padam, adam), strict=True):
+            weight.grad = noisy(step, torch.ones(()))
+            optimizer.step()
+    assert ((weights[0] - weights[1]).abs() < 1e-5).float().mean() > 0.7
+    shares = [(weight == 0).float().mean().item() for weight in weights]
+    assert 0.05 < shares[0] <= shares[1] < 1.1 * shares[0]
