@@ -77,8 +77,9 @@ def _compression(args: argparse.Namespace) -> str:
 def _sparsity(args: argparse.Namespace) -> str:
     """Make the report; return what to print."""
     from .compression.model_directory import ModelDirectory
-    from .compression.sparsity_report import SparsityReport, parse_pattern
+    from .compression.sparsity_report import SparsityReport
     from .files import write_atomically
+    from .optim.patterns import parse_pattern
 
     pattern = parse_pattern(args.pattern)
     with ModelDirectory.find(args.model) as model:

@@ -27,12 +27,20 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator, get_scheduler
 
-from hf_padam import PAdam, Perplexity, PNormScheduler, TargetSparsity, WeightSparsity, get_param_groups
+from hf_padam import (
+    PAdam,
+    Perplexity,
+    PNormScheduler,
+    TargetSparsity,
+    WeightSparsity,
+    decayed_parameters,
+    get_param_groups,
+)
 from hf_padam.optim.hyperparameters import DEFAULT_LAMBDA_P
 from hf_padam.resuming.interruption import EXIT_STATUS, StopSignal
 from hf_padam.training.gradients import check_gradient_norm
 from hf_padam.training.metrics import sequence_nll
-from hf_padam.training.options import with_defaults
+from hf_padam.training.options import has_target, with_defaults
 
 
 def parse(argv: list[str]) -> tuple[Any, ...]:
@@ -69,6 +77,7 @@ def main() -> None:
     # 1. Two parameter groups; that is all there is to PAdam in a loop of one's own.
     try:
         decay = with_defaults(vars(args))
+        which = {key: getattr(args, key) for key in ("decay_embeddings", "dense_modules", "target_sparsity")}
         groups = get_param_groups(
             model,
             p_norm=decay["p_norm"],
@@ -78,12 +87,11 @@ def main() -> None:
             p_norm_start=None if args.p_norm_schedule == "constant" else args.p_norm_start,
             late_decay=args.late_decay,
             s_rate=args.s_rate,
-            decay_embeddings=args.decay_embeddings,
-            dense_modules=args.dense_modules,
+            **which,
+            target_pattern=args.target_pattern,
+            target_scope=args.target_scope,
         )
-        decayed = [name for name, _ in groups[0]["params"]]
-        if args.target_scope == "layer":  # which is a share of each group
-            groups[:1] = [groups[0] | {"params": [pair]} for pair in groups[0]["params"]]
+        decayed = list(decayed_parameters(model, **which))
         rounding = {"bf16_stochastic_round": True, "rounding_seed": args.seed} if args.bf16_stochastic_round else {}
         optimizer = PAdam(groups, lr=args.learning_rate, backend=args.backend, **rounding)
     except (ValueError, RuntimeError) as error:
@@ -113,10 +121,9 @@ def main() -> None:
     p_schedule = (args.p_norm_start, args.p_norm_schedule_share, args.p_norm_schedule)
     p_scheduler = PNormScheduler(optimizer, total_steps, *p_schedule)
     steering = None
-    if args.target_sparsity is not None:
-        try:
-            plan = {"start": args.target_start, "end": args.target_end, "per_group": args.target_scope == "layer"}
-            steering = TargetSparsity(optimizer, args.target_sparsity, total_steps, **plan)
+    if has_target(vars(args)):
+        try:  # the groups say to what
+            steering = TargetSparsity(optimizer, None, total_steps, start=args.target_start, end=args.target_end)
         except ValueError as error:
             raise UsageError(f"--target_sparsity: {error}") from error
     if args.report_to != "none":

@@ -287,7 +287,10 @@ def save_config(path: Path, *parsed: Any) -> None:
 
 
 # Keys of a config file that give way to an option of the command line which excludes them.
-_IN_PLACE_OF = {"lambda_p": {"target_sparsity"}, "target_sparsity": {"lambda_p"}}
+_IN_PLACE_OF = {
+    name: {"lambda_p", "target_sparsity", "target_pattern"} - {name}
+    for name in ("lambda_p", "target_sparsity", "target_pattern")
+}
 # Fields that take a string or a list: argparse would take the first item for the string.
 JSON_LISTS = {"optim_target_modules", "dense_modules"}
 _NOT_OPTIONS = {

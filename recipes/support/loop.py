@@ -118,7 +118,9 @@ def _decayed(settings: dict[str, Any]) -> str:
     """Say which weights decay under the options of a run."""
     dense = settings.get("dense_modules")
     embeddings = " and embeddings" if settings["decay_embeddings"] else ""
-    return f"linear layers{embeddings}" + (f" but {dense}" if dense else "")
+    target = settings.get("target_sparsity")
+    entries = f", those of {', '.join(target)}" if isinstance(target, dict) else ""
+    return f"linear layers{embeddings}{entries}" + (f" but {dense}" if dense else "")
 
 
 _WITHOUT_EFFECT = {

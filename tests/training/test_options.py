@@ -165,7 +165,7 @@ def test_what_is_malformed_for_another_optimizer_still_is(tmp_path, optim, text)
         ({"bf16_stochastic_round": None}, "bf16_stochastic_round=None must be true or false"),
         ({"p_norm": "small"}, "p_norm='small' must be a number"),
         ({"p_norm": True}, "p_norm=True must be a number"),
-        ({"p_norm": None}, "p_norm=None must be a number"),
+        ({"s_rate": None}, "s_rate=None must be a number"),
         ({"lambda_p": [0.1]}, r"lambda_p=\[0.1\] must be a number"),
         ({"target_sparsity": "half"}, "target_sparsity='half' must be a number"),
         ({"target_sparsity": 0.5, "target_start": None}, "target_start=None must be a number"),
