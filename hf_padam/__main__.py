@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .training.spawning import register_in_children
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "run",
         help='run an unmodified training script with optim="padam" registered',
         description="Run a training script as python would, after registering the optimizer name padam. The script "
-        "needs no change: what parses TrainingArguments takes --optim padam --optim_args p_norm=0.8,lambda_p=0.5.",
+        "needs no change: what parses TrainingArguments takes --optim padam --optim_args p_norm=0.8,lambda_p=0.5. "
+        "Processes that it starts with multiprocessing know the name too; other programs that it starts do not, "
+        "unless it starts them with hf-padam run, or they import hf_padam.",
     )
     run.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module, as in python -m")
     run.add_argument("script", metavar="SCRIPT", help="a Python file, or a module with -m")
@@ -74,8 +77,9 @@ def _compression(args: argparse.Namespace) -> str:
 def _sparsity(args: argparse.Namespace) -> str:
     """Make the report; return what to print."""
     from .compression.model_directory import ModelDirectory
-    from .compression.sparsity_report import SparsityReport, parse_pattern
+    from .compression.sparsity_report import SparsityReport
     from .files import write_atomically
+    from .optim.patterns import parse_pattern
 
     pattern = parse_pattern(args.pattern)
     with ModelDirectory.find(args.model) as model:
@@ -93,6 +97,7 @@ def _sparsity(args: argparse.Namespace) -> str:
 
 def _run(parser: argparse.ArgumentParser, script: str, arguments: list[str], is_module: bool) -> None:
     """Execute a script or module as ``__main__``. Importing this package has registered the name already."""
+    register_in_children()
     if not is_module and not os.path.isfile(script):
         parser.error(f"{script!r} is not a file. Give the path of a Python script, or -m and the name of a module.")
     sys.argv = [script, *arguments]

@@ -3,7 +3,8 @@ r"""Fine-tune a causal language model with PAdam in a plain accelerate loop, for
     python recipes/finetune_clm_no_trainer.py recipes/configs/quickstart.yaml
     accelerate launch recipes/finetune_clm_no_trainer.py recipes/configs/quickstart.yaml
 
-Same model, data, options, results and pictures as finetune_clm.py; the training options are those of `LoopArguments`.
+Same model, data, options, results and pictures as finetune_clm.py; the training options are those of
+`LoopArguments`, PAdam's among them.
 """
 
 from __future__ import annotations
@@ -26,12 +27,20 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator, get_scheduler
 
-from hf_padam import PAdam, Perplexity, PNormScheduler, TargetSparsity, WeightSparsity, get_param_groups
+from hf_padam import (
+    PAdam,
+    Perplexity,
+    PNormScheduler,
+    TargetSparsity,
+    WeightSparsity,
+    decayed_parameters,
+    get_param_groups,
+)
 from hf_padam.optim.hyperparameters import DEFAULT_LAMBDA_P
 from hf_padam.resuming.interruption import EXIT_STATUS, StopSignal
 from hf_padam.training.gradients import check_gradient_norm
 from hf_padam.training.metrics import sequence_nll
-from hf_padam.training.options import with_defaults
+from hf_padam.training.options import has_target, with_defaults
 
 
 def parse(argv: list[str]) -> tuple[Any, ...]:
@@ -68,6 +77,7 @@ def main() -> None:
     # 1. Two parameter groups; that is all there is to PAdam in a loop of one's own.
     try:
         decay = with_defaults(vars(args))
+        which = {key: getattr(args, key) for key in ("decay_embeddings", "dense_modules", "target_sparsity")}
         groups = get_param_groups(
             model,
             p_norm=decay["p_norm"],
@@ -77,10 +87,13 @@ def main() -> None:
             p_norm_start=None if args.p_norm_schedule == "constant" else args.p_norm_start,
             late_decay=args.late_decay,
             s_rate=args.s_rate,
-            decay_embeddings=args.decay_embeddings,
+            **which,
+            target_pattern=args.target_pattern,
+            target_scope=args.target_scope,
         )
-        decayed = [name for name, _ in groups[0]["params"]]
-        optimizer = PAdam(groups, lr=args.learning_rate)
+        decayed = list(decayed_parameters(model, **which))
+        rounding = {"bf16_stochastic_round": True, "rounding_seed": args.seed} if args.bf16_stochastic_round else {}
+        optimizer = PAdam(groups, lr=args.learning_rate, backend=args.backend, **rounding)
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
 
@@ -108,9 +121,9 @@ def main() -> None:
     p_schedule = (args.p_norm_start, args.p_norm_schedule_share, args.p_norm_schedule)
     p_scheduler = PNormScheduler(optimizer, total_steps, *p_schedule)
     steering = None
-    if args.target_sparsity is not None:
-        try:
-            steering = TargetSparsity(optimizer, args.target_sparsity, total_steps)
+    if has_target(vars(args)):
+        try:  # the groups say to what
+            steering = TargetSparsity(optimizer, None, total_steps, start=args.target_start, end=args.target_end)
         except ValueError as error:
             raise UsageError(f"--target_sparsity: {error}") from error
     if args.report_to != "none":
@@ -152,7 +165,12 @@ def main() -> None:
                     progress.losses.append(loss.detach())
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-                        check_gradient_norm(norm, progress.step + 1, accelerator)
+                        try:
+                            check_gradient_norm(norm, progress.step + 1, accelerator)
+                        except FloatingPointError:
+                            if args.nonfinite_gradients == "stop":
+                                raise
+                            optimizer.zero_grad()  # so that the step changes nothing
                         p_scheduler.step(progress.step)  # whose p depends on the steps so far, resumed or not
                         optimizer.step()
                         scheduler.step()

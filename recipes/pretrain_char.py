@@ -95,7 +95,10 @@ def with_preset(argv: list[str]) -> list[str]:
     if name not in PRESETS:
         raise UsageError(f"--preset {name} is not one of {', '.join(PRESETS)}")
     preset = [str(Path(__file__).parent / "configs" / f"pretrain_char_{name}.yaml")]
-    strength = {"lambda_p", "target_sparsity"} & {*given, *re.findall(r"\w+", given.get("optim_args", ""))}
+    strength = {"lambda_p", "target_sparsity", "target_pattern"} & {
+        *given,
+        *re.findall(r"\w+", given.get("optim_args", "")),
+    }
     if given.get("optim", "padam") in OPTIMIZERS and not strength:
         preset += [f"--{key}={value}" for key, value in PRESETS[name].items()]
     return [*preset, *argv]

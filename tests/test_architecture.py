@@ -61,7 +61,7 @@ def violations(files: list[Path]) -> list[str]:
 
 
 def test_ls_names_the_rooms():
-    names = {p.name for p in PACKAGE.iterdir() if p.name != "__pycache__"}
+    names = {p.name for p in PACKAGE.iterdir() if p.name not in ("__pycache__", "py.typed")}
     assert names == {f if f in ("optim", "resuming", "training", "compression") else f"{f}.py" for f in FLOORS}
 
 

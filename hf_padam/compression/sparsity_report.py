@@ -180,18 +180,6 @@ class SparsityReport:
             figure.savefig(temporary, dpi=130)
 
 
-def parse_pattern(text: str) -> tuple[int, int]:
-    """Read a pattern such as "2:4".
-
-    Raises:
-        ValueError: If it is none.
-    """
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or not 0 < int(match[1]) < int(match[2]):
-        raise ValueError(f"{text!r} is no N:M pattern such as 2:4, with 0 < N < M")
-    return int(match[1]), int(match[2])
-
-
 def _parts(info: TensorInfo, m: int) -> list[tuple[int, int]]:
     """Split a tensor into rows, in multiples of M: start and size of each part, in bytes."""
     if not info.nbytes:

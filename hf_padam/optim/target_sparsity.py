@@ -19,19 +19,21 @@ in that state, too: a copy or a restored one that nothing steers makes no more z
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..sparsity import count_zeros
+from ..sparsity import TensorCount, count_zeros
 from .importance import REFERENCE, SCALE, fisher_scale, measure
 from .padam import PAdam, unwrap
+from .patterns import PATTERN, check_blocks, missing_in_blocks, zero_in_blocks_
 from .quantiles import histogram, quantile, zero_smallest_
 from .schedules import FINAL
 from .update import YOUNG_STEPS
@@ -64,6 +66,7 @@ STATE = {
     "target_step": 0,  # steps taken
     "target_reference": 0.0,  # what the decay is to be now, as `REFERENCE`
     "target_initial": -1.0,  # share of zeros before the first step, in the pool; -1: not counted yet
+    "target_arrives": 0.0,  # share of zeros at the end of the ramp, in the pool; 0: as asked for
     "target_met": 0.0,  # the target whose ramp is over; 0 before
     "target_zeroed": 0,  # weights that were zeroed at the end of the ramp, in the pool
     "target_threshold": 0.0,  # their sizes were not above this
@@ -86,14 +89,23 @@ class TargetSparsity:
     changed nor counted. All state is in keys of these groups, so it is saved and restored with the optimizer's state,
     and a resumed run goes on exactly.
 
+    Groups can have targets of their own, in the key `target_sparsity`: `get_param_groups` makes such of a mapping from
+    modules to shares, and of an N:M pattern, under which weights are chosen by block and zeroed step by step rather
+    than by the decay.
+
+        optimizer = PAdam(get_param_groups(model, target_sparsity={"mlp": 0.8, "attn": 0.5}), lr=1e-3)
+        TargetSparsity(optimizer, target=None, total_steps=len(loader) * epochs)
+
     Args:
         optimizer: A `PAdam`.
-        target: Share of exact zeros, in (0, 1), among the weights of the steered groups.
+        target: Share of exact zeros, in (0, 1), among the weights of the steered groups; None for the groups' own:
+            those with one are steered, and those of one `target_pool` together.
         total_steps: Optimizer steps that the whole training takes.
         start: Share of the steps at which the ramp begins.
         end: Share of the steps at which it has arrived, and the survivors' recovery begins. The same as `start`: all
             zeros are made at once, by the size that weights then have.
-        per_group: Every group arrives at the target by itself, rather than all of them together.
+        per_group: Every group arrives at the target by itself, rather than all of them together; groups with a
+            `target_pool` say so themselves where `target` is None.
 
     Raises:
         ValueError: If an argument is out of range, or nothing can be steered.
@@ -102,7 +114,7 @@ class TargetSparsity:
     def __init__(
         self,
         optimizer: Optimizer,
-        target: float,
+        target: float | None,
         total_steps: int,
         *,
         start: float = DEFAULT_START,
@@ -110,10 +122,9 @@ class TargetSparsity:
         per_group: bool = False,
     ) -> None:
         """Check the arguments and attach; see the class."""
-        check_plan(target, start, end)
         if total_steps < 1:
             raise ValueError(f"total_steps={total_steps!r} is not allowed: it must be at least 1")
-        self.target, self.per_group = target, per_group
+        self._given, self.per_group = target, per_group
         self.at_once = start == end
         self.first = min(math.floor(start * total_steps), total_steps - 1)
         self.last = max(self.first + 1, round(end * total_steps))  # the ramp arrives after this many steps
@@ -128,9 +139,13 @@ class TargetSparsity:
         if not steered:
             raise ValueError(
                 "target_sparsity has nothing to steer: no parameter group of the optimizer has a positive lambda_p"
+                + (" and a target_sparsity" if target is None else "")
             )
         for group in steered:
+            check_plan(self._target(group), start, end)
             check_steerable(group)
+            if self._blocks(group):
+                check_blocks(group)
         if any(group["importance"] == "fisher" for group in steered):  # nothing is known of weights before
             self.first = min(max(self.first, YOUNG_STEPS), total_steps - 1)
             self.last = max(self.first + 1, self.last)
@@ -154,18 +169,39 @@ class TargetSparsity:
     def finish(self) -> None:
         """Meet the target now, where training ended before the ramp did because skipped steps do not count."""
         for pool in self._pools():
-            if pool[0]["target_met"] != self.target:
+            if not self._met(pool):
                 self._zero_the_rest(pool)
+
+    @property
+    def target(self) -> float:
+        """The share of zeros asked for, over all steered weights."""
+        if self._given is not None:
+            return self._given
+        return _mean([self._target(pool[0]) for pool in self._pools()], [_zeros(pool)[1] for pool in self._pools()])
 
     @property
     def met(self) -> bool:
         """Whether the ramp is over, and the target with it met: nothing dies any more."""
-        return all(group["target_met"] == self.target for group in self._groups())
+        return all(self._met([group]) for group in self._groups())
 
-    def planned(self, step: int, initial: float = 0.0) -> float:
-        """Return the share of zeros planned after `step` steps, for a model that began with the share `initial`."""
-        x = min(1.0, max(0.0, (step - self.first) / (self.last - self.first)))
-        return initial + (self.target - initial) * (1 - (1 - x) ** 3)
+    def _met(self, pool: list[dict[str, Any]]) -> bool:
+        return pool[0]["target_met"] == self._target(pool[0])
+
+    def _target(self, group: dict[str, Any]) -> float:
+        return group["target_sparsity"] if self._given is None else self._given
+
+    def _blocks(self, group: dict[str, Any]) -> bool:
+        """Whether weights are chosen by block."""
+        return self._given is None and group.get(PATTERN) is not None
+
+    def planned(self, step: int, initial: float = 0.0, target: float | None = None) -> float:
+        """Return the share of zeros planned after `step` steps, for weights that began with the share `initial`."""
+        target = self.target if target is None else target
+        return initial + (target - initial) * (1 - self._left(step))
+
+    def _left(self, step: int) -> float:
+        """Return the share of what is to die that is planned to be alive after `step` steps."""
+        return (1 - min(1.0, max(0.0, (step - self.first) / (self.last - self.first)))) ** 3
 
     def state(self) -> dict[str, float]:
         """Return what training logs show.
@@ -175,16 +211,19 @@ class TargetSparsity:
             `planned_sparsity` and `sparsity`, the share of zeros planned by now and the actual one; once the target is
             met, `target_zeroed` and `target_threshold`, which are what `zeroed` returns.
         """
-        groups = self._groups()
-        zeros, elements = _zeros(groups)
-        initial = [max(0.0, pool[0]["target_initial"]) for pool in self._pools()]
+        groups, pools = self._groups(), self._pools()
+        counts = iter(_counts([group for pool in pools for group in pool]))
+        sizes, zeros, planned = [], 0, []
+        for pool in pools:
+            own = list(itertools.islice(counts, len(_params(pool))))
+            sizes.append(sum(count.elements for count in own))
+            zeros += sum(count.zeros for count in own)
+            arrives = pool[0]["target_arrives"] or self._target(pool[0])
+            planned.append(self.planned(pool[0]["target_step"], max(0.0, pool[0]["target_initial"]), arrives))
         values: dict[str, float] = {}
         if all(math.isfinite(group["p_norm"]) for group in groups):
             values["lambda_p"] = sum(float(group["lambda_p"]) for group in groups) / len(groups)
-        values |= {
-            "planned_sparsity": self.planned(groups[0]["target_step"], sum(initial) / len(initial)),
-            "sparsity": zeros / elements,
-        }
+        values |= {"planned_sparsity": _mean(planned, sizes), "sparsity": zeros / sum(sizes)}
         if self.met:
             values["target_zeroed"], values["target_threshold"] = self.zeroed()
         return values
@@ -197,25 +236,32 @@ class TargetSparsity:
     def _groups(self) -> list[dict[str, Any]]:
         """Return the steered groups. Those that were loaded without what is kept in them, or added, are given it."""
         steered = [g for g in self.optimizer.param_groups if g["lambda_p"] > 0 or "target_step" in g]
+        if self._given is None:
+            steered = [group for group in steered if group.get("target_sparsity") is not None]
         steered = [group for group in steered if _params([group])]
         known: dict[str, Any] = next((group for group in steered if "target_step" in group), {})
         for group in steered:
             for name, value in STATE.items():
-                group.setdefault(name, value if name == "target_initial" else known.get(name, value))
+                group.setdefault(
+                    name, value if name in ("target_initial", "target_arrives") else known.get(name, value)
+                )
         return steered
 
     def _pools(self) -> list[list[dict[str, Any]]]:
-        groups = self._groups()
-        return [[group] for group in groups] if self.per_group else [groups]
+        pools: dict[Any, list[dict[str, Any]]] = {}
+        for number, group in enumerate(self._groups()):
+            own = number if self.per_group else ""
+            pools.setdefault(own if self._given is not None else group.get("target_pool", own), []).append(group)
+        return list(pools.values())
 
     @torch.no_grad()
     def _before(self, *_: Any) -> None:
         for pool in self._pools():
             step = pool[0]["target_step"]
             if pool[0]["target_initial"] < 0:
-                initial = self._initial(pool)
+                initial, arrives = self._initial(pool)
                 for group in pool:
-                    group["target_initial"] = initial
+                    group |= {"target_initial": initial, "target_arrives": arrives}
             if self.first <= step < self.last:
                 if (step - self.first) % self.interval == 0 and not self.at_once:
                     self._aim(pool, step)
@@ -232,19 +278,21 @@ class TargetSparsity:
             for group in pool:
                 group["target_step"] += 1
                 group[REFERENCE] = 0.0
-            if pool[0]["target_step"] >= self.last and pool[0]["target_met"] != self.target:
+            if pool[0]["target_step"] >= self.last and not self._met(pool):
                 self._zero_the_rest(pool)
 
-    def _initial(self, pool: list[dict[str, Any]]) -> float:
-        """Return the share of zeros that the weights begin with."""
-        zeros, elements = _zeros(pool)
+    def _initial(self, pool: list[dict[str, Any]]) -> tuple[float, float]:
+        """Return the shares of zeros that the weights begin with and that the ramp arrives at."""
+        (zeros, elements), target = _zeros(pool), self._target(pool[0])
         initial = zeros / elements
-        if initial > self.target:
+        if self._blocks(pool[0]):  # of which some may begin with more zeros than they must have
+            return initial, (zeros + missing_in_blocks(measure(self.optimizer, pool), pool)) / elements
+        if initial > target:
             raise ValueError(
-                f"target_sparsity={self.target!r} is less than the share of zeros that the weights begin with, "
+                f"target_sparsity={target!r} is less than the share of zeros that the weights begin with, "
                 f"{initial:.4f}, and zeros do not come back: ask for more"
             )
-        return initial
+        return initial, target
 
     def _aim(self, pool: list[dict[str, Any]], step: int) -> None:
         """Choose the decay under which the share planned for the horizon would be dead by then.
@@ -252,11 +300,15 @@ class TargetSparsity:
         Of weights that have had no gradient under "fisher", none dies before the end of the ramp: the share is one of
         the others.
         """
-        zeros, _ = _zeros(pool)
+        if self._blocks(pool[0]):
+            alive = self._left(min(step + self.interval, self.last)) / self._left(step)
+            zero_in_blocks_(measure(self.optimizer, pool), pool, 1 - alive)
+            return
+        (zeros, _), target = _zeros(pool), self._target(pool[0])
         horizon = max(self.interval, min(math.ceil(_HORIZON * (self.last - self.first)), self.last - step))
         if all(group["p_norm"] == -math.inf for group in pool):  # who is to die does so at once
             horizon = self.interval
-        ahead = min(self.planned(step + horizon, pool[0]["target_initial"]), self.target - _LAST)
+        ahead = min(self.planned(step + horizon, pool[0]["target_initial"], target), target - _LAST)
         sample = max(_SMALL_SAMPLE, _SAMPLE // sum(len(_params(other)) for other in self._pools()))
         measured, scale = measure(self.optimizer, pool), 1.0
         if any(group["importance"] == "fisher" for group in pool):
@@ -278,17 +330,19 @@ class TargetSparsity:
     @torch.no_grad()
     def _zero_the_rest(self, pool: list[dict[str, Any]]) -> None:
         """Zero the smallest weights until the target is met: what the decay did not get to."""
-        before, elements = _zeros(pool)
+        (before, elements), target = _zeros(pool), self._target(pool[0])
         measured = measure(self.optimizer, pool)
-        _, unknown = histogram(measured)  # weights without a gradient so far, of which the same share is to go
-        missing = max(0, math.ceil(self.target * elements) - before)
-        at_random = min(missing, round(self.target * unknown))
-        threshold = zero_smallest_(measured, min(missing - at_random, elements - before - int(unknown)))
-        zero_smallest_(measured, missing - (_zeros(pool)[0] - before), infinite=True)
+        if self._blocks(pool[0]):
+            _, threshold = zero_in_blocks_(measured, pool, 1.0)
+        else:
+            _, unknown = histogram(measured)  # weights without a gradient so far, of which the same share is to go
+            missing = max(0, math.ceil(target * elements) - before)
+            at_random = min(missing, round(target * unknown))
+            threshold = zero_smallest_(measured, min(missing - at_random, elements - before - int(unknown)))
+            zero_smallest_(measured, missing - (_zeros(pool)[0] - before), infinite=True)
         zeros = _zeros(pool)[0]
         for group in pool:
-            group |= {"target_zeroed": zeros - before, "target_threshold": threshold}
-            group["target_met"] = self.target
+            group |= {"target_zeroed": zeros - before, "target_threshold": threshold, "target_met": target}
         logger.info(
             "Target sparsity: %d weights of sizes up to %.3g were zeroed at step %d.",
             zeros - before,
@@ -352,7 +406,16 @@ def _params(pool: list[dict[str, Any]]) -> list[Tensor]:
     return [param for group in pool for param in group["params"] if param.requires_grad]
 
 
+def _counts(pool: list[dict[str, Any]]) -> list[TensorCount]:
+    """Count the zeros and the elements of each parameter, over all shards."""
+    return count_zeros({str(i): param for i, param in enumerate(_params(pool))})
+
+
 def _zeros(pool: list[dict[str, Any]]) -> tuple[int, int]:
     """Count the zeros and the elements of all parameters, over all shards."""
-    counts = count_zeros({str(i): param for i, param in enumerate(_params(pool))})
-    return sum(c.zeros for c in counts), sum(c.elements for c in counts)
+    counts = _counts(pool)
+    return sum(count.zeros for count in counts), sum(count.elements for count in counts)
+
+
+def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)

@@ -170,13 +170,21 @@ def _file_defect(file: Path, checksums: bool) -> str | None:
 
 @contextmanager
 def loading(checkpoint: str | Path) -> Iterator[None]:
-    """Say, where a model's weights are loaded from a checkpoint, that they are of another model if they are.
+    """Say, where a checkpoint is loaded, that its weights are of another model or its parameter groups others.
 
     Raises:
         CheckpointError: In place of torch's error.
     """
     try:
         yield
+    except ValueError as error:
+        if "parameter group" not in str(error):
+            raise
+        raise CheckpointError(
+            f"the optimizer's state in {checkpoint} is of other parameter groups: {error}. Give target_scope, "
+            "target_sparsity and what chooses the weights that decay (decay_embeddings, dense_modules, "
+            "optim_target_modules) as they were, or start a new run with its weights as the model"
+        ) from error
     except RuntimeError as error:
         if "state_dict" not in str(error):
             raise

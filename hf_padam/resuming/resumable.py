@@ -143,7 +143,8 @@ class ResumableTrainer(Trainer):
             return
         assert self.optimizer is not None  # created before anything is loaded
         asked = hyperparameters(self.optimizer)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if not self.is_world_process_zero():
             return
         settings = _read_run_state(checkpoint).get("settings", {})

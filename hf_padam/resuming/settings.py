@@ -74,8 +74,9 @@ def check_decayed(checkpoint: str | Path, saved: str, given: str) -> None:
     """
     if saved != given:
         raise CheckpointError(
-            f"in {checkpoint} the p-norm decay acts on {saved}, here on {given}. Give decay_embeddings, dense_modules "
-            "and optim_target_modules as they were, or start a new run with its weights as the model"
+            f"in {checkpoint} the p-norm decay acts on {saved}, here on {given}. Give decay_embeddings, "
+            "dense_modules, optim_target_modules and the modules of target_sparsity as they were, or start a new run "
+            "with its weights as the model"
         )
 
 

@@ -81,13 +81,12 @@ class CallbackFromGroups(TargetSparsityCallback):
         optimizer = unwrap(kwargs.get("optimizer"))
         if isinstance(optimizer, PAdam):
             optimizer.check_zero_start()
-        optimizer = unwrap(kwargs.get("optimizer"))
         groups = optimizer.param_groups if isinstance(optimizer, PAdam) else []
         plans = [group for group in groups if group.get("target_sparsity") is not None]
         self._steering = None
         if plans:
             self._plan = {
-                "target": plans[0]["target_sparsity"],
+                "target": None,  # the groups' own
                 "start": plans[0]["target_start"],
                 "end": plans[0]["target_end"],
                 "per_group": plans[0]["target_scope"] == "layer",

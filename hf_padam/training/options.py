@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 from ..optim.backends import CHOICES
 from ..optim.hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM
+from ..optim.patterns import pattern_share
 from ..optim.schedules import DEFAULT_SHARE, SHAPES
 from ..optim.schedules import DEFAULT_START as SCHEDULE_START
 from ..optim.target_sparsity import DEFAULT_END, DEFAULT_START, SCOPES, check_plan, check_steerable
@@ -73,9 +74,14 @@ class PAdamOptions:
     dense_modules: None | str | list[str] = _option(
         None, "Leave these modules out of the decay: a regular expression, or a JSON list."
     )
-    target_sparsity: float | None = _option(
+    target_sparsity: None | str | float | dict[str, float] = _option(
         None,
-        "Share of the decayed weights that is to be zero in the end, in (0, 1). Finds lambda_p in its place.",
+        "Share of the decayed weights that is to be zero in the end, in (0, 1). Finds lambda_p in its place. Or a "
+        'mapping from modules to shares, {"mlp": 0.8, "attn": 0.5}: from parts of names or regular expressions, and '
+        '"*" for all other modules, which stay dense otherwise.',
+    )
+    target_pattern: str | None = _option(
+        None, "Zeros in a pattern N:M, in place of target_sparsity: of M weights along the inputs, N stay. E.g. 2:4."
     )
     target_start: float = _option(DEFAULT_START, "Share of the steps after which target_sparsity makes zeros.")
     target_end: float = _option(
@@ -113,15 +119,34 @@ SCHEDULE = ("p_norm_schedule", "p_norm_start", "p_norm_schedule_share")
 OPTIONS = {name: option for name, option in FIELDS.items() if name not in (*SCHEDULE, "nonfinite_gradients")}
 """Those that any Trainer can act on: the keys of `optim_args`."""
 
+_PATTERN: Any = "N:M"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda value: isinstance(value, bool)),
-    float: ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
+    float: ("a number", _is_number),
     str: ("a regular expression", lambda value: isinstance(value, str)),
     list[str]: ("a list of names", lambda value: isinstance(value, list) and all(isinstance(e, str) for e in value)),
+    dict[str, float]: (
+        "a mapping from modules to numbers",
+        lambda value: isinstance(value, dict) and all(isinstance(k, str) and _is_number(value[k]) for k in value),
+    ),
+    _PATTERN: (
+        "a pattern such as 2:4 (in quotes in a YAML file)",
+        lambda value: isinstance(value, str) and bool(re.fullmatch(r"\d+:\d+", value)),
+    ),
 }
 _HINTS = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(PAdamOptions).items()}
 _HINTS["optim_target_modules"] = _HINTS["dense_modules"]
+_HINTS["target_sparsity"] = (float, dict[str, float], type(None))  # a string in the annotation is for argparse
+_HINTS["target_pattern"] = (_PATTERN, type(None))
 _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+_LIST = re.compile(r"""\[\s*["'\]]|\[[^\]]*$""")
+"""How a list begins; a regular expression may begin with a set of characters."""
 _NEXT_KEY = re.compile(r',(?=\s*\w+\s*=)(?=(?:[^"]*"[^"]*")*[^"]*$)')
 """A comma between pairs: before the next key, and not within double quotes."""
 
@@ -144,11 +169,13 @@ def read(name: str, value: Any) -> Any:
     types, text = _HINTS[name], value
     if isinstance(value, str):
         value = value.strip()
-        if list[str] in types and value[:1] == "[" and (re.search("[\"']", value) or value[-1] != "]"):
-            try:  # what is left is a regular expression that begins with a set of characters
+        mapping = dict[str, float] in types and value[:1] == "{"
+        if mapping or list[str] in types and _LIST.match(value):
+            try:
                 value = json.loads(value)
             except ValueError as error:
-                raise ValueError(f"{name}={text!r} is not a list in JSON: {error}") from error
+                kind = "mapping" if mapping else "list"
+                raise ValueError(f"{name}={text!r} is not a {kind} in JSON: {error}") from error
         elif bool in types:
             value = _BOOLEANS.get(value.lower(), value)
         elif float in types:
@@ -223,8 +250,15 @@ def malformed(text: Any) -> str:
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with the norm and the importance that go with them, where these were not given."""
-    defaults = PLAIN_DEFAULTS if options["target_sparsity"] is None else TARGET_DEFAULTS
+    defaults = TARGET_DEFAULTS if has_target(options) else PLAIN_DEFAULTS
+    if options["target_pattern"] is not None:
+        defaults = defaults | {"p_norm": -math.inf}
     return {**options, **{key: value for key, value in defaults.items() if options[key] is None}}
+
+
+def has_target(options: Mapping[str, Any]) -> bool:
+    """Whether options ask for a share or a pattern of zeros."""
+    return options["target_sparsity"] is not None or options["target_pattern"] is not None
 
 
 def check_target(options: Mapping[str, Any]) -> None:
@@ -233,8 +267,8 @@ def check_target(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If not.
     """
-    target = options["target_sparsity"]
-    if target is None:
+    target, pattern = options["target_sparsity"], options["target_pattern"]
+    if not has_target(options):
         if options["p_norm"] == -math.inf:
             raise ValueError(
                 "p_norm=-inf needs a target_sparsity, which chooses the size below which weights are pruned: give "
@@ -243,13 +277,30 @@ def check_target(options: Mapping[str, Any]) -> None:
         for key in ("target_start", "target_end", "target_scope"):
             if options[key] != OPTIONS[key].default:
                 raise ValueError(
-                    f"{key}={options[key]!r} has no effect without target_sparsity: give that, or drop {key}"
+                    f"{key}={options[key]!r} has no effect without target_sparsity or target_pattern: give one, or "
+                    f"drop {key}"
                 )
         return
-    check_plan(target, options["target_start"], options["target_end"])
+    if pattern is not None:
+        if target is not None:
+            raise ValueError(
+                f"target_pattern={pattern!r} and target_sparsity={target!r} exclude each other: the pattern says the "
+                "share. Drop one of them"
+            )
+        if options["p_norm"] != -math.inf:
+            raise ValueError(
+                f"p_norm={options['p_norm']!r} has no effect on target_pattern={pattern!r}, under which weights are "
+                "pruned by block, p_norm=-inf: drop p_norm"
+            )
+    shares = [pattern_share(pattern)] if pattern else target.values() if isinstance(target, dict) else [target]
+    for share in shares:
+        check_plan(share, options["target_start"], options["target_end"])
     check_steerable(options)
+    if not shares:
+        raise ValueError("target_sparsity={} names no module: give shares by modules, or drop it")
     if options["lambda_p"] is not None:
+        name = "target_pattern" if pattern else "target_sparsity"
         raise ValueError(
-            f"target_sparsity={target!r} and lambda_p={options['lambda_p']!r} exclude each other: the first finds the "
-            "second. Drop one of them"
+            f"{name}={pattern or target!r} and lambda_p={options['lambda_p']!r} exclude each other: the first finds "
+            "the second. Drop one of them"
         )

@@ -7,7 +7,7 @@ never by their number of dimensions, which sharding changes; a tied weight is on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
 from ..optim.hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM
+from ..optim.patterns import INPUT_DIM, PATTERN, pattern_share
 from ..optim.schedules import FINAL
 
 
@@ -25,6 +26,7 @@ def decayed_parameters(
     decay_embeddings: bool = False,
     target_modules: str | list[str] | None = None,
     dense_modules: str | list[str] | None = None,
+    target_sparsity: float | Mapping[str, float] | None = None,
 ) -> dict[str, nn.Parameter]:
     """Return the trainable weights that the p-norm decay acts on, by name, each tensor once. There may be none.
 
@@ -35,10 +37,14 @@ def decayed_parameters(
             whole module names, or a list of parts of names and regular expressions; the meaning that
             `TrainingArguments.optim_target_modules` has elsewhere. PEFT adapters are included only if named here.
         dense_modules: Leave modules of these names out; said in the same way.
+        target_sparsity: If a mapping from names of modules (what a list can hold) to shares, leave out modules of
+            other names, unless there is an entry "*" for them. A weight belongs to the first entry that matches it;
+            the weights are in the order of the entries.
 
     Raises:
-        ValueError: If an entry of `target_modules` or `dense_modules` matches nothing, or is no regular expression; if
-            FSDP1 has merged parameters, so that a weight cannot be told from a bias.
+        ValueError: If an entry of `target_modules`, `dense_modules` or `target_sparsity` matches nothing (one of
+            `target_sparsity`: no weight that decays), or is no regular expression; if FSDP1 has merged parameters, so
+            that a weight cannot be told from a bias.
     """
     if any(name.rpartition(".")[2] == "_flat_param" for name, _ in model.named_parameters()):
         raise ValueError(
@@ -50,7 +56,7 @@ def decayed_parameters(
     listed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     embeddings = set() if decay_embeddings else {id(p) for p in _embedding_weights(model)}
     adapters = set() if targets.names_adapters else {id(p) for p in _adapter_weights(model)}
-    return {
+    decayed = {
         name: param
         for name, param in model.named_parameters()
         if param.requires_grad
@@ -60,6 +66,10 @@ def decayed_parameters(
         and targets.include(name)
         and not (dense and dense.include(name))
     }
+    if decayed and isinstance(target_sparsity, Mapping):
+        entries = _by_entry(model, decayed, target_sparsity)
+        return {name: decayed[name] for names in entries.values() for name in names}
+    return decayed
 
 
 def get_param_groups(
@@ -69,6 +79,9 @@ def get_param_groups(
     lambda_p: float = DEFAULT_LAMBDA_P,
     weight_decay: float = 0.0,
     p_norm_start: float | None = None,
+    target_sparsity: float | Mapping[str, float] | None = None,
+    target_pattern: str | None = None,
+    target_scope: str = "global",
     importance: str = "magnitude",
     late_decay: bool = False,
     s_rate: float = 1.0,
@@ -78,11 +91,17 @@ def get_param_groups(
 ) -> list[dict[str, Any]]:
     """Return two groups of named parameters for `PAdam`: the decayed weights, and every other trainable parameter.
 
+    A target can make several groups of the decayed weights; those of the others is the last.
+
     Args:
         model: The model to train.
         p_norm: See `PAdam`.
         lambda_p: See `PAdam`; 0 in the second group.
         weight_decay: See `PAdam`; 0 in the second group.
+        target_sparsity: A share of zeros for `TargetSparsity` to steer to, kept in the decayed groups; or a mapping
+            from modules to shares (see `decayed_parameters`), which makes a group of each entry.
+        target_pattern: In its place an N:M pattern, such as "2:4": N of M weights stay, along the inputs.
+        target_scope: "layer" makes a group of each decayed tensor, which is to have the share by itself.
         p_norm_start: Where p starts if a schedule is to move it to `p_norm` (see `PNormScheduler`).
         importance: See `PAdam`.
         late_decay: See `PAdam`.
@@ -95,7 +114,11 @@ def get_param_groups(
         ValueError: As `decayed_parameters` does, and if nothing is left to decay.
     """
     decayed = decayed_parameters(
-        model, decay_embeddings=decay_embeddings, target_modules=target_modules, dense_modules=dense_modules
+        model,
+        decay_embeddings=decay_embeddings,
+        target_modules=target_modules,
+        dense_modules=dense_modules,
+        target_sparsity=target_sparsity,
     )
     if not decayed:
         raise ValueError(_nothing_left(model, target_modules, dense_modules))
@@ -111,9 +134,69 @@ def get_param_groups(
         groups[0]["late_decay"] = late_decay
     if s_rate != 1:
         groups[0]["s_rate"] = s_rate
+    if target_sparsity is not None or target_pattern is not None:
+        groups = _steered_groups(model, groups[0], target_sparsity, target_pattern, target_scope)
     if others:
         groups.append({"params": others, "p_norm": p_norm, "lambda_p": 0.0, "weight_decay": 0.0})
     return groups
+
+
+def _by_entry(model: nn.Module, names: Iterable[str], entries: Mapping[str, float]) -> dict[str, list[str]]:
+    """Return the names of parameters by the entry of a mapping that they belong to; those of none are left out."""
+    targets = {key: _Targets(model, [key], "target_sparsity") for key in entries if key != "*"}
+    taken: dict[str, list[str]] = {key: [] for key in entries}
+    for name in names:
+        key = next((key for key, target in targets.items() if target.include(name)), "*")
+        if key in taken:
+            taken[key].append(name)
+    for key, mine in taken.items():
+        if not mine:
+            raise ValueError(
+                f"target_sparsity: the entry {key!r} has no weight, of those that decay and that an entry before it "
+                "has not taken. Drop it, or put it before the entries that are less narrow"
+            )
+    return taken
+
+
+def _steered_groups(
+    model: nn.Module,
+    decayed: dict[str, Any],
+    target: float | Mapping[str, float] | None,
+    pattern: str | None,
+    scope: str,
+) -> list[dict[str, Any]]:
+    """Split the group of the decayed weights into those that `TargetSparsity` steers, and say to what."""
+    params = dict(decayed["params"])
+    pools = _by_entry(model, params, target) if isinstance(target, Mapping) else {"all": list(params)}
+    groups = []
+    for entry, names in pools.items():
+        share = pattern_share(pattern) if pattern else target[entry] if isinstance(target, Mapping) else target
+        parts: dict[tuple, list[str]] = {}
+        for name in names:
+            pool = name if scope == "layer" else entry
+            parts.setdefault((pool, _input_dim(model, name) if pattern else None), []).append(name)
+        for (pool, dim), part in parts.items():
+            group = decayed | {"params": [(name, params[name]) for name in part], "target_sparsity": share}
+            group |= {"target_scope": scope, "target_pool": pool}
+            groups.append(group | ({PATTERN: pattern, INPUT_DIM: dim} if pattern else {}))
+    return groups
+
+
+def _input_dim(model: nn.Module, name: str) -> int:
+    """Return which dimension of the matrix of a linear map, or of a stack of such, runs along its inputs."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, Conv1D):
+        return -2
+    transposed = getattr(module, "is_transposed", None)  # of Transformers' stacks of experts
+    if isinstance(transposed, bool) and getattr(module, attribute).ndim == 3:
+        return -2 if transposed else -1
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return -1
+    raise ValueError(
+        f"target_pattern does not go with {name}: which of its dimensions are inputs is not known of a "
+        f"{type(module).__name__}. Leave it out of the decay (dense_modules)"
+    )
 
 
 class _Targets:

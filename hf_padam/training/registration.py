@@ -33,6 +33,7 @@ from .callbacks import CallbackFromGroups
 from .options import (
     OPTIONS,
     check_target,
+    has_target,
     malformed,
     options_of,
     parse_optim_args,
@@ -74,9 +75,7 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
         options[key] = value
     options = with_defaults(options)
     check_target(options | {"p_norm_schedule": typed.p_norm_schedule})
-    if options["target_sparsity"] is not None and (
-        os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or args.deepspeed
-    ):
+    if has_target(options) and (os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or args.deepspeed):
         raise ValueError(
             "target_sparsity does not work under DeepSpeed, which hands the optimizer pieces of weights joined "
             "together: use FSDP2 (recipes/accelerate/fsdp2.yaml), or give lambda_p"
@@ -103,20 +102,16 @@ def build_optimizer(model: nn.Module, *, optimizer_class: type[PAdam] = PAdam, *
     Args:
         model: The model to train.
         optimizer_class: `PAdam` or a subclass.
-        options: Those of the optimizer's constructor, of `get_param_groups` and of a target sparsity. The last are
-            kept in the decayed groups for the callback that steers them; the scope "layer" makes a group of each
-            decayed tensor.
+        options: Those of the optimizer's constructor and of `get_param_groups`; `target_start` and `target_end` are
+            kept in the groups that have a target, for the callback that steers them.
 
     Raises:
         ValueError: As `PAdam` and `get_param_groups` do.
     """
-    plan = {key: options.pop(key) for key in list(options) if key.startswith("target_") and key != "target_modules"}
+    plan = {key: options.pop(key) for key in ("target_start", "target_end") if key in options}
     for_groups = {key: options.pop(key) for key in inspect.signature(get_param_groups).parameters if key in options}
     groups = get_param_groups(model, **for_groups)
-    if plan.get("target_sparsity") is not None:
-        decayed = groups[0] | plan
-        parts = [[pair] for pair in decayed["params"]] if plan["target_scope"] == "layer" else [decayed["params"]]
-        groups[:1] = [decayed | {"params": part} for part in parts]
+    groups = [group | plan if "target_sparsity" in group else group for group in groups]
     return optimizer_class(groups, **options)
 
 

@@ -103,8 +103,8 @@ class PAdamTrainer(ResumableTrainer):
         if OptimizerNames(self.args.optim).value in OPTIMIZERS:
             options = optimizer_options(self.args)
         else:
-            options = vars(options_of(self.args))
-        targets = {key: options[key] for key in ("decay_embeddings", "dense_modules")}
+            options = vars(options_of(self.args)) | {"target_sparsity": None}
+        targets = {key: options[key] for key in ("decay_embeddings", "dense_modules", "target_sparsity")}
         return targets | {"target_modules": self.args.optim_target_modules}
 
     def sparsity(self) -> dict[str, float]:

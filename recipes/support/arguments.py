@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_padam.files import write_atomically
 from hf_padam.resuming.checkpoints import TRAINER_STATE, CheckpointError, check_checkpoint
+from hf_padam.training.options import FIELDS
 
 from .errors import UsageError
 
@@ -111,11 +112,9 @@ COMMON = """
 output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size
 gradient_accumulation_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler_type
 warmup_steps bf16 activation_checkpointing logging_steps eval_strategy eval_steps save_strategy save_steps
-save_total_limit report_to run_name seed use_cpu resume_from_checkpoint nonfinite_gradients optim optim_args
-optim_target_modules p_norm lambda_p importance p_norm_schedule p_norm_start p_norm_schedule_share late_decay s_rate
-decay_embeddings dense_modules target_sparsity target_start target_end target_scope bf16_stochastic_round backend
+save_total_limit report_to run_name seed use_cpu resume_from_checkpoint optim optim_args optim_target_modules
 """.split()
-"""The training options that `--help` shows; `--help_all` shows all of them."""
+"""The training options that `--help` shows beside PAdam's; `--help_all` shows all of them."""
 
 
 def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...]:
@@ -193,7 +192,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def _shorten_help(parser: HfArgumentParser, dataclass_types: Sequence[Any]) -> None:
     """Hide the training options that few people set."""
-    shown = {*COMMON, "help", "help_all"}
+    shown = {*COMMON, *FIELDS, "help", "help_all"}
     for kind in dataclass_types:
         if not issubclass(kind, TrainingArguments):
             shown |= {f.name for f in dataclasses.fields(kind)}
@@ -288,7 +287,10 @@ def save_config(path: Path, *parsed: Any) -> None:
 
 
 # Keys of a config file that give way to an option of the command line which excludes them.
-_IN_PLACE_OF = {"lambda_p": {"target_sparsity"}, "target_sparsity": {"lambda_p"}}
+_IN_PLACE_OF = {
+    name: {"lambda_p", "target_sparsity", "target_pattern"} - {name}
+    for name in ("lambda_p", "target_sparsity", "target_pattern")
+}
 # Fields that take a string or a list: argparse would take the first item for the string.
 JSON_LISTS = {"optim_target_modules", "dense_modules"}
 _NOT_OPTIONS = {

@@ -97,8 +97,7 @@ class Progress:
         saved = torch.load(checkpoint / PROGRESS_FILE, weights_only=True)["_settings"]
         processes, kind = self._accelerator.num_processes, self._accelerator.distributed_type
         check_world_size(checkpoint, saved["processes"], processes, kind)
-        given = self._settings["decay_embeddings"]
-        check_decayed(checkpoint, _DECAYED[saved["decay_embeddings"]], _DECAYED[given])
+        check_decayed(checkpoint, _decayed(saved), _decayed(self._settings))
         asked = hyperparameters(optimizer)
         with loading(checkpoint):
             self._accelerator.load_state(str(checkpoint))
@@ -115,9 +114,17 @@ class Progress:
             rotate_checkpoints(checkpoint, limit, state_file=PROGRESS_FILE)
 
 
-_DECAYED = {False: "linear layers", True: "linear layers and embeddings"}
+def _decayed(settings: dict[str, Any]) -> str:
+    """Say which weights decay under the options of a run."""
+    dense = settings.get("dense_modules")
+    embeddings = " and embeddings" if settings["decay_embeddings"] else ""
+    target = settings.get("target_sparsity")
+    entries = f", those of {', '.join(target)}" if isinstance(target, dict) else ""
+    return f"linear layers{embeddings}{entries}" + (f" but {dense}" if dense else "")
+
+
 _WITHOUT_EFFECT = {
     "output_dir", "learning_rate", "per_device_eval_batch_size", "logging_steps", "save_strategy", "save_steps",
-    "save_total_limit", "resume_from_checkpoint", "report_to",
+    "save_total_limit", "resume_from_checkpoint", "report_to", "backend",
 }  # fmt: skip
 """Options that do not change what is trained, or that `hyperparameters` covers under another name."""
