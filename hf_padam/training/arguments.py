@@ -12,8 +12,10 @@ from transformers.training_args import OptimizerNames
 from ..optim.backends import CHOICES
 from ..optim.schedules import DEFAULT_SHARE, DEFAULT_START, SHAPES, check_schedule
 from ..optim.target_sparsity import SCOPES
+from .distillation import DEFAULT_TEMPERATURE, DEFAULT_WEIGHT, check_distillation_options
 from .other_optimizers import check_decay_options
 from .registration import NAME, OPTIMIZERS, OPTIONS, optimizer_options
+from .teacher import DTYPES
 
 
 @dataclass
@@ -112,6 +114,28 @@ class PAdamTrainingArguments(TrainingArguments):
             "choices": ["stop", "skip"],
         },
     )
+    distill_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Distil from this teacher: a Hub id, a directory, or start, for the model as training begins. "
+            "PAdamTrainer does it."
+        },
+    )
+    distill_weight: float = field(
+        default=DEFAULT_WEIGHT,
+        metadata={"help": "Share of the teacher's part in the loss, above 0, at most 1; the rest is cross-entropy."},
+    )
+    distill_temperature: float = field(
+        default=DEFAULT_TEMPERATURE,
+        metadata={"help": "Teacher and student are compared at this temperature; above 1 small probabilities count."},
+    )
+    distill_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "dtype of the teacher's weights; auto is that of its files, or of the model at the start.",
+            "choices": list(DTYPES),
+        },
+    )
     backend: str = field(
         default=OPTIONS["backend"].default,
         metadata={"help": "How the update runs. auto picks the fastest available.", "choices": list(CHOICES)},
@@ -132,6 +156,7 @@ class PAdamTrainingArguments(TrainingArguments):
                     raise ValueError(f"{name}={value!r} is not a list in JSON: {error}") from error
         if self.nonfinite_gradients not in ("stop", "skip"):
             raise ValueError(f"nonfinite_gradients={self.nonfinite_gradients!r} is not allowed: it is stop or skip")
+        check_distillation_options(self)
         check_schedule(self.p_norm_start, self.p_norm_schedule_share, self.p_norm_schedule)
         if OptimizerNames(self.optim).value in OPTIMIZERS:
             optimizer_options(self)
