@@ -53,7 +53,10 @@ class Teacher:
         self.model: Any = unwrap_peft_model(model)
         self.tokenizer, self.name, self._autocast = tokenizer, name, autocast
         self.model.requires_grad_(False).eval()
-        self.model.to(device=device, dtype=None if dtype == "auto" else getattr(torch, dtype))
+        if dtype != "auto":  # not by Module.to, which would round the frequencies of rotary positions
+            for param in filter(torch.is_floating_point, self.model.parameters()):
+                param.data = param.data.to(getattr(torch, dtype))
+        self.model.to(device=device)
         self.model.config.use_cache = False
         # With FSDP's RAM-efficient loading, the main process alone has read the weights.
         if PartialState().num_processes > 1:
@@ -175,7 +178,7 @@ def check_vocabularies(student: nn.Module, tokenizer: PreTrainedTokenizerBase | 
     cure = "A teacher must have the tokenizer of the model that is trained: give another, or leave distill_from out"
     models: list[Any] = [unwrap_peft_model(student), teacher.model]
     rows = [model.get_input_embeddings().num_embeddings for model in models]
-    ids = {} if tokenizer is None else tokenizer.get_vocab()
+    ids = tokenizer.get_vocab() if tokenizer is not None and hasattr(tokenizer, "get_vocab") else {}
     if ids and max(ids.values()) >= rows[1]:
         raise ValueError(
             f"{what} has a vocabulary of {rows[1]} tokens, the tokenizer here one of {max(ids.values()) + 1}. {cure}"

@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 from ..optim.schedules import DEFAULT_SHARE, DEFAULT_START, scheduled_p_norm
 from ..resuming.settings import check_added_decay, check_decayed
 from .callbacks import PNormScheduleCallback
-from .distillation import DistillingTrainer
+from .distilling_trainer import DistillingTrainer
 from .gradients import check_gradient_norm
 from .metrics import Perplexity, WeightSparsity, sequence_nll
 from .other_optimizers import asks_for_decay, attach_decay, check_deepspeed
