@@ -95,7 +95,7 @@ class DistillingTrainer(ResumableTrainer):
         else:
             with args.main_process_first(desc="fetching the teacher"):
                 teacher = Teacher.load(args.distill_from, causal=shifts_labels(self.model), **options)
-        check_vocabularies(self.model, tokenizer, teacher)
+        check_vocabularies(teacher.name, (self.model, tokenizer), (teacher.model, teacher.tokenizer))
         self._distillation = Distillation(teacher, args.distill_weight, args.distill_temperature)
         if self._resumed is not None:
             check_teacher(*self._resumed, self._settings())

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from transformers.trainer_utils import unwrap_peft_model
 
 START = "start"
@@ -33,7 +33,7 @@ class Teacher:
 
     Args:
         model: A language model of Transformers. It is frozen in place.
-        tokenizer: Its own.
+        tokenizer: Its own, or None.
         name: What errors call it.
         dtype: One of `DTYPES`, to convert its weights to.
         device: Where to put it.
@@ -43,7 +43,7 @@ class Teacher:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Any = None,
         *,
         name: str,
         dtype: str = "auto",
@@ -63,7 +63,7 @@ class Teacher:
             broadcast([*self.model.parameters(), *self.model.buffers()])
 
     @classmethod
-    def copied(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, **options: Any) -> Teacher:
+    def copied(cls, model: nn.Module, tokenizer: Any, **options: Any) -> Teacher:
         """Make a frozen copy of a model as it is now. `options` are the constructor's."""
         return cls(copy.deepcopy(model), tokenizer, name=START, **options)
 
@@ -165,26 +165,32 @@ class _Head:
                 self._body.__dict__["forward"] = own
 
 
-def check_vocabularies(student: nn.Module, tokenizer: PreTrainedTokenizerBase | None, teacher: Teacher) -> None:
+def check_vocabularies(name: str, student: tuple[nn.Module, Any], teacher: tuple[nn.Module, Any]) -> None:
     """Check that a teacher's logits are about the tokens that a student's are about.
 
     Every token of the student's tokenizer must have the same number in the teacher's. Rows of padding at the end of
     either vocabulary do not matter. Where a tokenizer is not known, they may be 32, or a hundredth of the vocabulary.
 
+    Args:
+        name: The teacher's, for the error.
+        student: Model and tokenizer; for the latter, None and what has no vocabulary are the same.
+        teacher: Same.
+
     Raises:
         ValueError: If they are not.
     """
-    what = f"distill_from={teacher.name!r}"
+    what = f"distill_from={name!r}"
     cure = "A teacher must have the tokenizer of the model that is trained: give another, or leave distill_from out"
-    models: list[Any] = [unwrap_peft_model(student), teacher.model]
+    models: list[Any] = [unwrap_peft_model(model) for model, _ in (student, teacher)]
     rows = [model.get_input_embeddings().num_embeddings for model in models]
-    ids = tokenizer.get_vocab() if tokenizer is not None and hasattr(tokenizer, "get_vocab") else {}
+    ids, other = (
+        tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {} for _, tokenizer in (student, teacher)
+    )
     if ids and max(ids.values()) >= rows[1]:
         raise ValueError(
             f"{what} has a vocabulary of {rows[1]} tokens, the tokenizer here one of {max(ids.values()) + 1}. {cure}"
         )
-    if ids and teacher.tokenizer is not None:
-        other = teacher.tokenizer.get_vocab()
+    if ids and other:
         differing = [token for token in ids if other.get(token) != ids[token]]
         if differing:
             token = min(differing, key=lambda token: ids[token])

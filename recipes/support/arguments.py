@@ -114,6 +114,7 @@ warmup_steps bf16 activation_checkpointing logging_steps eval_strategy eval_step
 save_total_limit report_to run_name seed use_cpu resume_from_checkpoint nonfinite_gradients optim optim_args
 optim_target_modules p_norm lambda_p p_norm_schedule p_norm_start p_norm_schedule_share late_decay s_rate
 decay_embeddings dense_modules target_sparsity target_start target_end target_scope bf16_stochastic_round backend
+distill_from distill_weight distill_temperature distill_dtype
 """.split()
 """The training options that `--help` shows; `--help_all` shows all of them."""
 

@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 from hf_padam.optim.schedules import check_schedule
 from hf_padam.resuming.checkpoints import loading, resolve_checkpoint, rotate_checkpoints, staged_checkpoint
 from hf_padam.resuming.settings import check_decayed, check_world_size, hyperparameters, warn_of_other_settings
+from hf_padam.training.distillation import Distillation, check_distillation_options, shifts_labels
+from hf_padam.training.distilling_trainer import check_teacher
+from hf_padam.training.teacher import DTYPES, Teacher
 
 from .errors import UsageError
 
@@ -41,6 +44,15 @@ class LoopArguments:
     late_decay: bool = field(default=False, metadata={"help": "Take the factor from the weight after the step."})
     s_rate: float = field(default=1.0, metadata={"help": "How fast the decay follows a weight; 1 is at once."})
     decay_embeddings: bool = field(default=False, metadata={"help": "Decay embeddings and the output head too."})
+    distill_from: str | None = field(
+        default=None,
+        metadata={"help": "Distil from this model, named as a model to train is, or start: as it begins."},
+    )
+    distill_weight: float = field(default=0.5, metadata={"help": "Share of the teacher's part in the loss."})
+    distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the comparison."})
+    distill_dtype: str = field(
+        default="auto", metadata={"help": "dtype of the teacher's weights.", "choices": list(DTYPES)}
+    )
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the data, unless max_steps is set."})
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences per process and micro-batch."})
@@ -66,6 +78,7 @@ class LoopArguments:
                 raise UsageError(f"--{name} {getattr(self, name)} is too small: it must be at least 1")
         try:
             check_schedule(self.p_norm_start, self.p_norm_schedule_share, self.p_norm_schedule)
+            check_distillation_options(self)
         except ValueError as error:
             raise UsageError(str(error)) from error
 
@@ -74,12 +87,44 @@ class LoopArguments:
         return self.save_strategy == "steps" and (last or step % self.save_steps == 0)
 
 
+def make_distillation(
+    args: LoopArguments, model: Any, tokenizer: Any, teacher: tuple[Any, Any] | None, accelerator: Accelerator
+) -> Distillation | None:
+    """Return what distils as the arguments say; None if they do not.
+
+    Args:
+        args: The arguments.
+        model: The model to train, neither wrapped nor loaded from a checkpoint yet.
+        tokenizer: Its tokenizer.
+        teacher: What `load_teacher` has returned.
+        accelerator: Says where it runs, and in which precision.
+
+    Raises:
+        UsageError: If the model cannot be distilled.
+    """
+    if args.distill_from is None:
+        return None
+    options: Any = dict(dtype=args.distill_dtype, device=accelerator.device, autocast=accelerator.autocast)
+    try:
+        shifts_labels(model)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if teacher is None:
+        found = Teacher.copied(model, tokenizer, **options)
+    else:
+        found = Teacher(*teacher, name=args.distill_from, **options)
+    return Distillation(found, args.distill_weight, args.distill_temperature)
+
+
 class Progress:
     """How far a run has come; accelerate saves and loads it beside model, optimizer, schedule and random state."""
 
-    def __init__(self, accelerator: Accelerator, args: LoopArguments) -> None:
+    def __init__(
+        self, accelerator: Accelerator, args: LoopArguments, distillation: Distillation | None = None
+    ) -> None:
         self._accelerator = accelerator
         self._settings = asdict(args) | {"processes": accelerator.num_processes}
+        self._settings["teacher"] = distillation and distillation.teacher.fingerprint
         self.step = self.epoch = self.batches = 0  # batches of this epoch
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -110,6 +155,7 @@ class Progress:
         check_world_size(checkpoint, saved["processes"], processes, kind)
         given = self._settings["decay_embeddings"]
         check_decayed(checkpoint, _DECAYED[saved["decay_embeddings"]], _DECAYED[given])
+        check_teacher(str(checkpoint), saved, self._settings)
         asked = hyperparameters(optimizer)
         with loading(checkpoint):
             self._accelerator.load_state(str(checkpoint))

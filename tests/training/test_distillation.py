@@ -273,10 +273,10 @@ def renamed(tokenizer, old, new):
 def test_another_vocabulary_is_refused_and_padding_is_not(rows, tokenizers, error):
     tokenizer = character_tokenizer() if tokenizers[0] else None
     others = {True: character_tokenizer(), False: None, "other": renamed(character_tokenizer(), "q", "qq")}
-    teacher = Teacher(tiny_llama(vocab_size=rows[1]), others[tokenizers[1]], name="teacher")
+    teacher = tiny_llama(vocab_size=rows[1]), others[tokenizers[1]]
     context = pytest.raises(ValueError, match=error) if error else contextlib.nullcontext()
     with context:
-        check_vocabularies(tiny_llama(vocab_size=rows[0]), tokenizer, teacher)
+        check_vocabularies("teacher", (tiny_llama(vocab_size=rows[0]), tokenizer), teacher)
 
 
 @pytest.mark.parametrize(
