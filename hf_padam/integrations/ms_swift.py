@@ -15,7 +15,7 @@ from swift.optimizers import OptimizerCallback, optimizers_map
 from transformers.training_args import OptimizerNames
 
 # Absolute, for ms-swift runs this file by its path, as no part of the package.
-from hf_padam.training.registration import OPTIMIZERS, optimizer_options
+from hf_padam.training.registration import OPTIMIZERS, optimizer_options, register
 
 
 class PAdamCallback(OptimizerCallback):
@@ -32,6 +32,7 @@ class PAdamCallback(OptimizerCallback):
     name = "padam"
 
     def __init__(self, args: Any, trainer: Any) -> None:
+        register()  # again: ms-swift replaces the callbacks that every Trainer has, maybe after this file was imported
         args.optim = OptimizerNames(self.name)
         optimizer_options(args)
         super().__init__(args, trainer)

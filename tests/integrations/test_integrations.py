@@ -15,9 +15,11 @@ from types import ModuleType
 
 import pytest
 import torch
+import transformers.trainer
 from conftest import REPOSITORY, blocks, character_tokenizer, tiny_llama
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers.trainer_callback import DefaultFlowCallback
 
 from hf_padam import PAdam
 from hf_padam.optim.target_sparsity import steering_of
@@ -131,6 +133,8 @@ def test_ms_swift_trains_with_the_external_plugin(tmp_path, monkeypatch, load, b
     )
     if by == "name":
         load("ms_swift")
+        # ms-swift does so at the import of its trainers, which may be later than that of the plug-in.
+        monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [DefaultFlowCallback])
     else:  # as --external_plugins does
         file = REPOSITORY / "hf_padam" / "integrations" / "ms_swift.py"
         spec = importlib.util.spec_from_file_location("_swift_external_0123", file)
@@ -150,6 +154,7 @@ def test_ms_swift_trains_with_the_external_plugin(tmp_path, monkeypatch, load, b
             return self.optimizer
 
     args = TrainingArguments(str(tmp_path), optim_args="target_sparsity=0.5", **COMMON)
+    args.max_epochs = None  # ms-swift's own arguments have it, and its changes to the Trainer read it
     trainer = SwiftTrainer(tiny_llama(), args, train_dataset=blocks(), data_collator=default_data_collator)
     trainer.train()
     check_sparse(trainer)
