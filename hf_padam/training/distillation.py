@@ -98,6 +98,7 @@ class Distillation:
     ) -> None:
         check_distillation(weight, temperature)
         self.teacher, self._weight, self._temperature = teacher, weight, temperature
+        self._shift = True
         self._teacher_logits: Callable[[Tensor], Tensor] | None = None  # of the batch, until the loss is made
 
     @contextmanager
@@ -112,10 +113,10 @@ class Distillation:
             ValueError: If the model makes its loss in another way than by its `loss_function`, called once.
         """
         model: Any = unwrap_peft_model(student)
-        shift = shifts_labels(model)
+        self._shift = shifts_labels(model)
         own = model.__dict__.get("_loss_function")
         self._teacher_logits = self.teacher.logits_of(inputs)
-        model.loss_function = lambda *args, **kwargs: self._loss(*args, shift=shift, **kwargs)
+        model.loss_function = self._loss
         try:
             yield
             if self._teacher_logits is not None:
@@ -136,8 +137,6 @@ class Distillation:
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = -100,
         shift_labels: Tensor | None = None,
-        *,
-        shift: bool,
         **kwargs: Any,
     ) -> Tensor:
         """Stand in for the loss functions of Transformers."""
@@ -146,7 +145,7 @@ class Distillation:
             raise ValueError("distillation: the model's forward pass makes more than one loss, which is not supported")
         if shift_labels is not None:
             labels = shift_labels
-        elif shift:
+        elif self._shift:
             labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         labels = labels.flatten().to(logits.device)
         logits = logits.flatten(end_dim=-2)

@@ -222,18 +222,26 @@ def build_optimizer(
 class _Factory:
     """Called by the Trainer as ``_Factory()(model, **options)``, for it is not an Optimizer class."""
 
-    def __call__(self, model: nn.Module, *, p_norm_schedule: str = "constant", **options: Any) -> PAdam:
+    def __call__(
+        self, model: nn.Module, *, p_norm_schedule: str = "constant", distill_from: str | None = None, **options: Any
+    ) -> PAdam:
         if p_norm_schedule != "constant":
             raise ValueError(
                 f"p_norm_schedule={p_norm_schedule!r} would have no effect: this Trainer does not move p. Use "
                 'PAdamTrainer; or leave p_norm_schedule at "constant" and add PNormScheduleCallback to the callbacks'
             )
+        if distill_from is not None:
+            raise ValueError(
+                f"distill_from={distill_from!r} would have no effect: this Trainer does not distil. Use PAdamTrainer, "
+                "or leave distill_from out"
+            )
         return build_optimizer(model, **options)
 
 
 def _handler(context: Any) -> tuple[type[_Factory], dict[str, Any]]:
-    schedule = {"p_norm_schedule": getattr(context.args, "p_norm_schedule", "constant")}
-    return _Factory, optimizer_options(context.args) | schedule
+    plain = {"p_norm_schedule": "constant", "distill_from": None}
+    for_the_trainer = {name: getattr(context.args, name, default) for name, default in plain.items()}
+    return _Factory, optimizer_options(context.args) | for_the_trainer
 
 
 def _malformed(optim_args: str | None) -> str:

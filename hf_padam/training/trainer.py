@@ -90,6 +90,7 @@ class PAdamTrainer(DistillingTrainer):
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """Return what the optimizer is built with: under a schedule, groups that begin at its start."""
         factory, options = DistillingTrainer.get_optimizer_cls_and_kwargs(args, model)
+        options.pop("distill_from", None)  # which a Trainer that does not distil is told
         if options.pop("p_norm_schedule", "constant") != "constant":
             options["p_norm_start"] = getattr(args, "p_norm_start", DEFAULT_START)
         return factory, options

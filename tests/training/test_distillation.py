@@ -321,6 +321,13 @@ def test_what_cannot_be_distilled_is_refused_before_a_step(tmp_path):
     assert equal(before, bert.parameters())
 
 
+def test_a_trainer_that_does_not_distil_says_so(tmp_path):
+    args = PAdamTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, distill_from="start")
+    trainer = transformers.Trainer(tiny_llama(), args, train_dataset=blocks(4), data_collator=default_data_collator)
+    with pytest.raises(ValueError, match="this Trainer does not distil"):
+        trainer.train()
+
+
 def test_adapters_are_distilled_too(tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -328,6 +335,36 @@ def test_adapters_are_distilled_too(tmp_path):
     trainer = train(model, tmp_path, other_llama(), optim="adamw_torch", optim_args=None, distill_from="a model")
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     assert trainer.model.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_in_mixed_precision_the_loss_is_nearly_the_same(tmp_path, dtype):
+    options = dict(distill_from="a model", distill_dtype=dtype, max_steps=2)
+    losses = [
+        train(tiny_llama(), tmp_path, other_llama(), bf16=bf16, **options).state.log_history[1]["loss"]
+        for bf16 in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_a_compiled_model_is_compiled_once():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    student, counter = tiny_llama(), CompileCounter()
+    compiled = torch.compile(student, backend=counter)
+    distillation = Distillation(Teacher.copied(other_llama(), None))
+    losses, graphs = [], []
+    for step in range(3):
+        batch = default_data_collator(rows_with_gaps(4)[step:] + rows_with_gaps(4)[:step])
+        losses.append([])
+        for model in (compiled, student):
+            with distillation(student, batch):
+                losses[-1].append(model(**batch).loss.item())
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[-1] > 0
+    for one, other in losses:
+        assert one == pytest.approx(other, rel=1e-5)
 
 
 class Allocated(TorchDispatchMode):
