@@ -25,7 +25,8 @@ class DistillingTrainer(ResumableTrainer):
 
     Args:
         args: As for `transformers.Trainer`.
-        teacher: A model and its tokenizer, or None for that, in place of those that `distill_from` names.
+        teacher: A model and its tokenizer, or the model alone, already loaded; `distill_from` is only its name then. The
+            model is frozen in place.
         kwargs: As for `transformers.Trainer`.
     """
 
@@ -34,6 +35,11 @@ class DistillingTrainer(ResumableTrainer):
         self._given_teacher: tuple[Any, Any] | None = (teacher, None) if isinstance(teacher, nn.Module) else teacher
         self._distillation: Distillation | None = None
         self._resumed: tuple[str, dict[str, Any]] | None = None  # the checkpoint and its settings
+        name = getattr(self.args, "distill_from", None)
+        if teacher is not None and name in (None, START):
+            raise ValueError(
+                f"teacher=... has no effect with distill_from={name!r}: give the teacher's name there, or drop teacher"
+            )
         if self._distills:
             self._check_distills()
 

@@ -312,6 +312,9 @@ def test_what_cannot_be_distilled_is_refused_before_a_step(tmp_path):
         PAdamTrainer(classifier, args)
     with pytest.raises(ValueError, match="distill_from='nowhere' could not be loaded"):
         train(tiny_llama(), tmp_path, distill_from="nowhere")
+    for name in (None, "start"):
+        with pytest.raises(ValueError, match="teacher=... has no effect"):
+            train(tiny_llama(), tmp_path, tiny_llama(), distill_from=name)
     with pytest.raises(ValueError, match="a vocabulary of 400 tokens"):
         train(tiny_llama(), tmp_path, tiny_llama(vocab_size=400), distill_from="a model")
     bert = transformers.BertForMaskedLM(transformers.BertConfig(**SHAPE))
