@@ -25,8 +25,8 @@ class DistillingTrainer(ResumableTrainer):
 
     Args:
         args: As for `transformers.Trainer`.
-        teacher: A model and its tokenizer, or the model alone, already loaded; `distill_from` is only its name then. The
-            model is frozen in place.
+        teacher: A model and its tokenizer, or the model alone, already loaded; `distill_from` is only its name then.
+            It is frozen in place.
         kwargs: As for `transformers.Trainer`.
     """
 
