@@ -23,7 +23,7 @@ from support import report
 from support.arguments import DataArguments, ModelArguments, check_output_dir, check_resume, parse_arguments
 from support.data import load_blocks
 from support.errors import UsageError, reports_usage_errors
-from support.models import load_model_and_tokenizer, save_model
+from support.models import load_model_and_tokenizer, load_teacher, save_model
 from support.pruning import PruningArguments, evaluate_one_shot
 from support.timing import StepTimer
 from transformers import TrainerCallback, default_data_collator, set_seed
@@ -68,6 +68,8 @@ def main() -> None:
 
     # 2. Model and data.
     model, tokenizer = load_model_and_tokenizer(model_args, args.main_process_first(desc="fetching"))
+    fetching = args.main_process_first(desc="fetching the teacher")
+    teacher = load_teacher(args.distill_from, args.distill_dtype, model_args, (model, tokenizer), fetching)
     max_length = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
     hub_options = {"token": model_args.token, "cache_dir": model_args.cache_dir}
     splits = load_blocks(data_args, tokenizer, max_length, args.main_process_first(desc="tokenizing"), hub_options)
@@ -82,6 +84,7 @@ def main() -> None:
         processing_class=tokenizer,
         data_collator=default_data_collator,
         callbacks=[timer],
+        teacher=teacher,
     )
     try:
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):

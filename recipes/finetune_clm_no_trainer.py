@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from support import report
 from support.arguments import DataArguments, ModelArguments, check_output_dir, check_resume, parse_arguments
 from support.data import load_blocks
 from support.errors import UsageError, reports_usage_errors
-from support.loop import PROGRESS_FILE, LoopArguments, Progress
-from support.models import load_model_and_tokenizer, save_model
+from support.loop import PROGRESS_FILE, LoopArguments, Progress, make_distillation
+from support.models import load_model_and_tokenizer, load_teacher, save_model
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator, get_scheduler
@@ -70,6 +71,9 @@ def main() -> None:
         raise UsageError(f"--report_to {args.report_to}: {error}") from error
     set_seed(args.seed)
     model, tokenizer = load_model_and_tokenizer(model_args, accelerator.main_process_first())
+    fetching = accelerator.main_process_first()
+    teacher = load_teacher(args.distill_from, args.distill_dtype, model_args, (model, tokenizer), fetching)
+    distillation = make_distillation(args, model, tokenizer, teacher, accelerator)
     max_length = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
     hub_options = {"token": model_args.token, "cache_dir": model_args.cache_dir}
     splits = load_blocks(data_args, tokenizer, max_length, accelerator.main_process_first(), hub_options)
@@ -146,7 +150,7 @@ def main() -> None:
     before = report.Magnitudes.of(plain, decayed)
 
     # 3. Where an interrupted run goes on. The model that training starts from is evaluated once.
-    progress = Progress(accelerator, args)
+    progress = Progress(accelerator, args, distillation)
     progress.resume(resume, output_dir, optimizer)
     if progress.test_before is None:
         progress.test_before = perplexity("test")
@@ -160,7 +164,8 @@ def main() -> None:
             for batch in accelerator.skip_first_batches(loaders["train"], progress.batches):
                 start = time.perf_counter()
                 with accelerator.accumulate(model):
-                    loss = model(**batch).loss
+                    with distillation(plain, batch) if distillation else nullcontext():
+                        loss = model(**batch).loss
                     accelerator.backward(loss)
                     progress.losses.append(loss.detach())
                     if accelerator.sync_gradients:

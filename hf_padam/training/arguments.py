@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..optim.schedules import check_schedule
+from .distillation import check_distillation_options
 from .options import OPTIONS, PAdamOptions, read
 from .other_optimizers import check_decay_options
 from .registration import NAME, OPTIMIZERS, optimizer_options
@@ -47,6 +48,7 @@ class PAdamTrainingArguments(PAdamOptions, TrainingArguments):
             self.greater_is_better = False
         self.optim_target_modules = read("optim_target_modules", self.optim_target_modules)
         check_schedule(self.p_norm_start, self.p_norm_schedule_share, self.p_norm_schedule)
+        check_distillation_options(self)
         if OptimizerNames(self.optim).value in OPTIMIZERS:
             optimizer_options(self)
         else:

@@ -18,6 +18,7 @@ from ..optim.schedules import DEFAULT_SHARE, SHAPES
 from ..optim.schedules import DEFAULT_START as SCHEDULE_START
 from ..optim.target_sparsity import DEFAULT_END, DEFAULT_START, SCOPES, check_plan, check_steerable
 from ..optim.update import IMPORTANCES
+from .distillation import DEFAULT_TEMPERATURE, DEFAULT_WEIGHT, DTYPES
 
 TARGET_DEFAULTS: dict[str, Any] = {"p_norm": -1.0, "importance": "fisher"}
 """What a target sparsity comes with where nothing else is asked for; measured, see recipes/README.md."""
@@ -100,6 +101,22 @@ class PAdamOptions:
         "At a step whose gradients are not finite: stop, or skip its update (as fp16 and DeepSpeed do).",
         choices=["stop", "skip"],
     )
+    distill_from: str | None = _option(
+        None,
+        "Distil from this teacher: a Hub id, a directory, or start, for the model as training begins. PAdamTrainer "
+        "and the recipes do it.",
+    )
+    distill_weight: float = _option(
+        DEFAULT_WEIGHT, "Share of the teacher's part in the loss, above 0, at most 1; the rest is cross-entropy."
+    )
+    distill_temperature: float = _option(
+        DEFAULT_TEMPERATURE, "Teacher and student are compared at this temperature; above 1 small probabilities count."
+    )
+    distill_dtype: str = _option(
+        "auto",
+        "dtype of the teacher's weights; auto is that of its files, or of the model at the start.",
+        choices=list(DTYPES),
+    )
     backend: str = _option(
         "auto",
         "How the update runs: eager (plain PyTorch, anywhere), compiled (CPU: one fused C++ pass; needs a C++ "
@@ -115,8 +132,10 @@ class PAdamOptions:
 
 
 FIELDS = {option.name: option for option in fields(PAdamOptions)}
+DISTILLATION = ("distill_from", "distill_weight", "distill_temperature", "distill_dtype")
 SCHEDULE = ("p_norm_schedule", "p_norm_start", "p_norm_schedule_share")
-OPTIONS = {name: option for name, option in FIELDS.items() if name not in (*SCHEDULE, "nonfinite_gradients")}
+_OTHERS = (*SCHEDULE, *DISTILLATION, "nonfinite_gradients")
+OPTIONS = {name: option for name, option in FIELDS.items() if name not in _OTHERS}
 """Those that any Trainer can act on: the keys of `optim_args`."""
 
 _PATTERN: Any = "N:M"

@@ -17,9 +17,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
 from ..optim.schedules import scheduled_p_norm
-from ..resuming.resumable import ResumableTrainer
 from ..resuming.settings import check_added_decay, check_decayed
 from .callbacks import PNormScheduleCallback
+from .distilling_trainer import DistillingTrainer
 from .gradients import check_gradient_norm
 from .metrics import Perplexity, WeightSparsity, sequence_nll
 from .options import SCHEDULE, options_of
@@ -36,7 +36,7 @@ _DECAYED = "decayed_weights"
 """Another of them: which weights the p-norm decay acts on, if there is one."""
 
 
-class PAdamTrainer(ResumableTrainer):
+class PAdamTrainer(DistillingTrainer):
     """A Trainer whose evaluations report perplexity and sparsity, and whose training logs report sparsity.
 
     * ``eval_perplexity`` is exp(summed NLL / predicted tokens), exact across batches of unequal length, ``-100``
@@ -47,7 +47,8 @@ class PAdamTrainer(ResumableTrainer):
     Both sparsities are also in the training logs, so they reach whatever `report_to` names; so is `p_norm` while
     `p_norm_schedule` moves it. Works with any optimizer.
 
-    Runs go on exactly after a kill (see `ResumableTrainer`), and a gradient that is not finite is never applied.
+    Runs go on exactly after a kill (see `ResumableTrainer`), and a gradient that is not finite is never applied. With
+    `distill_from`, the loss is in part the divergence from a teacher (see `DistillingTrainer`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +90,8 @@ class PAdamTrainer(ResumableTrainer):
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """Return what the optimizer is built with: under a schedule, groups that begin at its start."""
-        factory, options = ResumableTrainer.get_optimizer_cls_and_kwargs(args, model)
+        factory, options = DistillingTrainer.get_optimizer_cls_and_kwargs(args, model)
+        options.pop("distill_from", None)  # which a Trainer that does not distil is told
         if options.pop("p_norm_schedule", "constant") != "constant":
             options["p_norm_start"] = options_of(args).p_norm_start
         return factory, options

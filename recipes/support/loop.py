@@ -13,7 +13,10 @@ from torch.optim import Optimizer
 from hf_padam.optim.schedules import check_schedule
 from hf_padam.resuming.checkpoints import loading, resolve_checkpoint, rotate_checkpoints, staged_checkpoint
 from hf_padam.resuming.settings import check_decayed, check_world_size, hyperparameters, warn_of_other_settings
+from hf_padam.training.distillation import Distillation, check_distillation_options, shifts_labels
+from hf_padam.training.distilling_trainer import check_teacher
 from hf_padam.training.options import PAdamOptions, check_target, with_defaults
+from hf_padam.training.teacher import Teacher
 
 from .errors import UsageError
 
@@ -55,6 +58,7 @@ class LoopArguments(PAdamOptions):
             super().__post_init__()
             check_target(with_defaults(vars(self)))
             check_schedule(self.p_norm_start, self.p_norm_schedule_share, self.p_norm_schedule)
+            check_distillation_options(self)
         except ValueError as error:
             raise UsageError(str(error)) from error
 
@@ -63,12 +67,44 @@ class LoopArguments(PAdamOptions):
         return self.save_strategy == "steps" and (last or step % self.save_steps == 0)
 
 
+def make_distillation(
+    args: LoopArguments, model: Any, tokenizer: Any, teacher: tuple[Any, Any] | None, accelerator: Accelerator
+) -> Distillation | None:
+    """Return what distils as the arguments say; None if they do not.
+
+    Args:
+        args: The arguments.
+        model: The model to train, neither wrapped nor loaded from a checkpoint yet.
+        tokenizer: Its tokenizer.
+        teacher: What `load_teacher` has returned.
+        accelerator: Says where it runs, and in which precision.
+
+    Raises:
+        UsageError: If the model cannot be distilled.
+    """
+    if args.distill_from is None:
+        return None
+    options: Any = dict(dtype=args.distill_dtype, device=accelerator.device, autocast=accelerator.autocast)
+    try:
+        shifts_labels(model)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if teacher is None:
+        found = Teacher.copied(model, tokenizer, **options)
+    else:
+        found = Teacher(*teacher, name=args.distill_from, **options)
+    return Distillation(found, args.distill_weight, args.distill_temperature)
+
+
 class Progress:
     """How far a run has come; accelerate saves and loads it beside model, optimizer, schedule and random state."""
 
-    def __init__(self, accelerator: Accelerator, args: LoopArguments) -> None:
+    def __init__(
+        self, accelerator: Accelerator, args: LoopArguments, distillation: Distillation | None = None
+    ) -> None:
         self._accelerator = accelerator
         self._settings = asdict(args) | {"processes": accelerator.num_processes}
+        self._settings["teacher"] = distillation and distillation.teacher.fingerprint
         self.step = self.epoch = self.batches = 0  # batches of this epoch
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -98,6 +134,7 @@ class Progress:
         processes, kind = self._accelerator.num_processes, self._accelerator.distributed_type
         check_world_size(checkpoint, saved["processes"], processes, kind)
         check_decayed(checkpoint, _decayed(saved), _decayed(self._settings))
+        check_teacher(str(checkpoint), saved, self._settings)
         asked = hyperparameters(optimizer)
         with loading(checkpoint):
             self._accelerator.load_state(str(checkpoint))

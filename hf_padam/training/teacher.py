@@ -1,0 +1,202 @@
+"""The model that another one is distilled from: frozen, whole on every process, its logits some tokens at a time."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers.trainer_utils import unwrap_peft_model
+
+START = "start"
+"""In place of a teacher's name: the model as it is when training begins."""
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Of a teacher's weights; auto is that of its files, or of the model that is copied."""
+
+_NOT_THE_TEACHERS = ("labels", "shift_labels", "num_items_in_batch")
+_PADDING = 32
+"""Rows that a vocabulary may be padded by, if that is more than a hundredth of it."""
+
+
+class Teacher:
+    """A frozen model, and its tokenizer if that is known.
+
+    Every process holds it whole, under FSDP too: it is not wrapped, so that no forward pass of it waits for others.
+
+    Args:
+        model: A language model of Transformers. It is frozen in place.
+        tokenizer: Its own, or None.
+        name: What errors call it.
+        dtype: One of `DTYPES`, to convert its weights to.
+        device: Where to put it.
+        autocast: Makes the context that its passes run in, for example `Accelerator.autocast`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        name: str,
+        dtype: str = "auto",
+        device: torch.device | str | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.model: Any = unwrap_peft_model(model)
+        self.tokenizer, self.name, self._autocast = tokenizer, name, autocast
+        self.model.requires_grad_(False).eval()
+        if dtype != "auto":  # not by Module.to, which would round the frequencies of rotary positions
+            for param in filter(torch.is_floating_point, self.model.parameters()):
+                param.data = param.data.to(getattr(torch, dtype))
+        self.model.to(device=device)
+        self.model.config.use_cache = False
+        # With FSDP's RAM-efficient loading, the main process alone has read the weights.
+        if PartialState().num_processes > 1:
+            broadcast([*self.model.parameters(), *self.model.buffers()])
+
+    @classmethod
+    def copied(cls, model: nn.Module, tokenizer: Any, **options: Any) -> Teacher:
+        """Make a frozen copy of a model as it is now. `options` are the constructor's."""
+        return cls(copy.deepcopy(model), tokenizer, name=START, **options)
+
+    @classmethod
+    def load(cls, name: str, *, causal: bool = True, dtype: str = "auto", **options: Any) -> Teacher:
+        """Load a teacher from the Hub or a directory, compressed or not.
+
+        Args:
+            name: The Hub id or the directory.
+            causal: Whether it is a causal language model, rather than a masked one.
+            dtype: One of `DTYPES`.
+            options: The constructor's.
+
+        Raises:
+            ValueError: If it cannot be loaded.
+        """
+        kind = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+        try:
+            model = kind.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        except Exception as error:  # the loaders raise whatever their file format's library raises
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"distill_from={name!r} could not be loaded: {reason}. Give a Hub id, a directory of a saved model, "
+                f"{START!r} for the model as it is when training begins, or PAdamTrainer(teacher=...), a model"
+            ) from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception:  # a model without one
+            tokenizer = None
+        return cls(model, tokenizer, name=name, **options)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the weights: equal bits on any device, equal hash."""
+        digest = hashlib.sha256()
+        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        for name, tensor in self.model.state_dict().items():
+            bits = tensor.detach().contiguous().view(integers[tensor.element_size()])
+            digest.update(f"{name} {tuple(tensor.shape)} {bits.sum(dtype=torch.int64).item()}\n".encode())
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def logits_of(self, inputs: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+        """Run the model on a batch, but for its output head.
+
+        The head runs for some tokens at a time, in the model's own forward pass, with what that does beside (scaling,
+        soft-capping). Of a model whose forward pass does not call its `base_model` (OPT), the logits are made at once.
+
+        Args:
+            inputs: Of the forward pass; labels among them are left out.
+
+        Returns:
+            A function of the indices of n tokens, in the batch as one row, that returns their logits, (n, vocabulary).
+        """
+        inputs = {key: value for key, value in inputs.items() if key not in _NOT_THE_TEACHERS}
+        body: nn.Module = self.model.base_model
+
+        def stop(module: nn.Module, arguments: Any, output: Any) -> None:
+            raise _BodyIsDone(output)
+
+        handle = body.register_forward_hook(stop) if body is not self.model else None
+        try:
+            with self._autocast():
+                logits = self.model(**inputs).logits.flatten(end_dim=-2)
+            return lambda tokens: logits[tokens.to(logits.device)]
+        except _BodyIsDone as done:
+            return _Head(self.model, body, done.output, self._autocast)
+        finally:
+            if handle is not None:
+                handle.remove()
+
+
+class _BodyIsDone(Exception):
+    """Ends a forward pass at the end of the model's body."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+class _Head:
+    """What a model's forward pass makes of some of the hidden states that its body has returned."""
+
+    def __init__(self, model: nn.Module, body: nn.Module, output: Any, autocast: Callable) -> None:
+        self._model, self._body, self._output, self._autocast = model, body, output, autocast
+        self._hidden = output.last_hidden_state.flatten(end_dim=-2)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self._output.last_hidden_state = self._hidden[tokens.to(self._hidden.device)][None]
+        own = self._body.__dict__.get("forward")
+        self._body.__dict__["forward"] = lambda *args, **kwargs: self._output
+        try:
+            with self._autocast():
+                return self._model().logits[0]
+        finally:
+            if own is None:
+                del self._body.__dict__["forward"]
+            else:
+                self._body.__dict__["forward"] = own
+
+
+def check_vocabularies(name: str, student: tuple[nn.Module, Any], teacher: tuple[nn.Module, Any]) -> None:
+    """Check that a teacher's logits are about the tokens that a student's are about.
+
+    Every token of the student's tokenizer must have the same number in the teacher's. Rows of padding at the end of
+    either vocabulary do not matter. Where a tokenizer is not known, they may be 32, or a hundredth of the vocabulary.
+
+    Args:
+        name: The teacher's, for the error.
+        student: Model and tokenizer; for the latter, None and what has no vocabulary are the same.
+        teacher: Same.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    what = f"distill_from={name!r}"
+    cure = "A teacher must have the tokenizer of the model that is trained: give another, or leave distill_from out"
+    models: list[Any] = [unwrap_peft_model(model) for model, _ in (student, teacher)]
+    rows = [model.get_input_embeddings().num_embeddings for model in models]
+    ids, other = (
+        tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {} for _, tokenizer in (student, teacher)
+    )
+    if ids and max(ids.values()) >= rows[1]:
+        raise ValueError(
+            f"{what} has a vocabulary of {rows[1]} tokens, the tokenizer here one of {max(ids.values()) + 1}. {cure}"
+        )
+    if ids and other:
+        differing = [token for token in ids if other.get(token) != ids[token]]
+        if differing:
+            token = min(differing, key=lambda token: ids[token])
+            raise ValueError(
+                f"{what} has another tokenizer: {len(differing)} of {len(ids)} tokens differ; {token!r}, for example, "
+                f"is number {ids[token]} here and {other.get(token, 'unknown')} there. {cure}"
+            )
+    elif abs(rows[0] - rows[1]) > max(_PADDING, min(rows) // 100):
+        raise ValueError(f"{what} has a vocabulary of {rows[1]} tokens, the model that is trained {rows[0]}. {cure}")

@@ -1,0 +1,426 @@
+"""A distilled loss is the formula's, exact however it is batched, and known to training steps alone."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+
+import pytest
+import torch
+import transformers
+from conftest import blocks, character_tokenizer, tiny_gpt2, tiny_llama
+from processes import job
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, default_data_collator
+
+from hf_padam import PAdamTrainer, PAdamTrainingArguments, compress
+from hf_padam.resuming.checkpoints import CheckpointError
+from hf_padam.training import distillation
+from hf_padam.training.distillation import Distillation
+from hf_padam.training.teacher import Teacher, check_vocabularies
+
+
+def other_llama(**overrides):
+    """A teacher: of the same shape, with other weights."""
+    model = tiny_llama(**overrides)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn(param.shape) * 0.1)
+    return model
+
+
+def rows_with_gaps(rows: int = 8, length: int = 24) -> list[dict]:
+    """Rows of which different numbers of tokens are predicted."""
+    data = blocks(rows, length)
+    for i, row in enumerate(data):
+        row["labels"] = [-100 if j < 2 * i else label for j, label in enumerate(row["labels"])]
+    return data
+
+
+def expected(logits, labels, teacher, weight, temperature):
+    """The formula of the docstring, in float64, over the tokens that count."""
+    logits, teacher = logits.double()[:, :-1].flatten(end_dim=1), teacher.double()[:, :-1].flatten(end_dim=1)
+    labels = labels[:, 1:].flatten()
+    count = labels != -100
+    logits, teacher, labels = logits[count], teacher[count], labels[count]
+    cross_entropy = torch.nn.functional.cross_entropy(logits, labels)
+    p = (teacher[:, : logits.shape[1]] / temperature).softmax(dim=1)
+    q = (logits / temperature).softmax(dim=1)
+    divergence = (p * (p / q[:, : p.shape[1]]).log()).sum(dim=1).mean()  # p is 0 for what the teacher does not know
+    return (1 - weight) * cross_entropy + weight * temperature**2 * divergence
+
+
+@pytest.mark.parametrize("chunk", [1, 300, 2**22], ids=["a token", "three tokens", "all"])
+@pytest.mark.parametrize(("weight", "temperature"), [(0.5, 1.0), (0.3, 2.5), (1.0, 1.0), (1.0, 0.7)])
+@pytest.mark.parametrize("rows", [(97, 97), (97, 104), (104, 97)])
+def test_loss_and_gradient_are_the_formulas(monkeypatch, chunk, weight, temperature, rows):
+    monkeypatch.setattr(distillation, "_CHUNK", chunk)
+    monkeypatch.setattr(distillation, "_CHUNKS", 10**6)
+    student, teacher = (make(vocab_size=size) for make, size in zip((tiny_llama, other_llama), rows, strict=True))
+    batch = default_data_collator(rows_with_gaps(4))
+    frozen = Teacher.copied(teacher, None)
+    with Distillation(frozen, weight, temperature)(student, batch):
+        loss = student(**batch).loss
+    loss.backward()
+    gradients = [param.grad for param in student.parameters()]
+    student.zero_grad()
+    logits = student(input_ids=batch["input_ids"]).logits
+    reference = expected(logits, batch["labels"], teacher(batch["input_ids"]).logits.detach(), weight, temperature)
+    reference.backward()
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    for gradient, param in zip(gradients, student.parameters(), strict=True):
+        torch.testing.assert_close(gradient, param.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_logits_of_minus_infinity_are_probabilities_of_zero():
+    logits, teacher = torch.randn(3, 7, requires_grad=True), torch.randn(3, 7)
+    teacher[:, 5:] = -torch.inf
+    masked = logits.detach().clone()
+    masked[:, 6] = -torch.inf
+    for student in (logits.detach(), masked):
+        loss, gradient = distillation._distilled(student, torch.tensor([0, 1, 2]), teacher, 0.5, 1.0)
+        assert loss.isfinite() and gradient.isfinite().all()
+
+
+SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+ARCHITECTURES = {
+    "llama": SHAPE,
+    "gemma2": SHAPE | dict(num_key_value_heads=2, head_dim=8, final_logit_softcapping=3.0),  # caps logits
+    "granite": SHAPE | dict(logits_scaling=3.0),
+    "cohere": SHAPE | dict(logit_scale=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    "mixtral": SHAPE | dict(num_key_value_heads=2, num_local_experts=4, output_router_logits=True),
+    "gpt2": dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4),
+    "opt": dict(vocab_size=97, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+                word_embed_proj_dim=32, max_position_embeddings=64),  # its forward pass does not call its base model
+    "modernbert": SHAPE | dict(pad_token_id=0, eos_token_id=1, bos_token_id=1, cls_token_id=1, sep_token_id=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_teachers_logits_are_those_of_its_forward_pass_and_its_models_loss_stays(kind):
+    torch.manual_seed(0)
+    auto = transformers.AutoModelForMaskedLM if kind == "modernbert" else transformers.AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(kind, **ARCHITECTURES[kind])).eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_(0, 0.3)
+    batch = default_data_collator(rows_with_gaps(2, 12))
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, 9:] = 0
+    teacher = Teacher.copied(model, None)
+    tokens = torch.tensor([1, 5, 20])
+    logits = teacher.logits_of(batch)(tokens)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    torch.testing.assert_close(logits, model(**inputs).logits.flatten(end_dim=1)[tokens], rtol=0, atol=0)
+    # Taught by itself, the divergence is 0; what a router adds is not weighted.
+    output = model(**batch)
+    with Distillation(teacher)(model, batch):
+        loss = model(**batch).loss
+    added = model.router_aux_loss_coef * output.aux_loss if kind == "mixtral" else 0.0
+    torch.testing.assert_close(loss, (output.loss - added) / 2 + added)
+    torch.testing.assert_close(model(**batch).loss, output.loss, rtol=0, atol=0)  # outside it is the model's own
+
+
+def train(model, directory, teacher=None, data=None, resume=None, processing_class=None, cls=PAdamTrainer, **options):
+    options = dict(
+        max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, report_to="none", use_cpu=True, seed=0,
+        disable_tqdm=True, save_strategy="no", logging_steps=1, optim_args="lambda_p=0.1",
+    ) | options  # fmt: skip
+    given = {"teacher": teacher} if teacher is not None else {}
+    init = {"model_init": model} if not isinstance(model, torch.nn.Module) else {"model": model}
+    trainer = cls(
+        **init,
+        args=PAdamTrainingArguments(output_dir=str(directory), **options),
+        train_dataset=blocks(32) if data is None else data,
+        eval_dataset=blocks(8),
+        data_collator=default_data_collator,
+        processing_class=processing_class,
+        **given,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(trainer):
+    return [param.detach().clone() for param in trainer.model.parameters()]
+
+
+def equal(first, second):
+    return all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+
+
+def test_gradient_accumulation_is_exact(tmp_path):
+    data = rows_with_gaps(16)
+    trained = [
+        weights(
+            train(
+                tiny_llama(attention_bias=False),
+                tmp_path,
+                other_llama(attention_bias=False),
+                data,
+                distill_from="a model",
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=8 // size,
+            )
+        )
+        for size in (8, 1)
+    ]
+    for one, eight in zip(*trained, strict=True):
+        torch.testing.assert_close(one, eight, rtol=1e-4, atol=1e-5)
+
+
+def test_off_it_changes_no_bit_and_on_it_changes_training_alone(tmp_path, monkeypatch):
+    plain = train(tiny_gpt2(), tmp_path)
+    on = train(tiny_gpt2(), tmp_path, distill_from="start")  # with dropout in the student, and none in the teacher
+    monkeypatch.setattr(PAdamTrainer, "compute_loss", transformers.Trainer.compute_loss)
+    without = train(tiny_gpt2(), tmp_path)
+    assert equal(weights(plain), weights(without)) and not equal(weights(plain), weights(on))
+    monkeypatch.undo()
+    metrics = on.evaluate()
+    on._distillation = None
+    again = on.evaluate()
+    assert {k: v for k, v in metrics.items() if "per_second" not in k and "runtime" not in k} == {
+        k: v for k, v in again.items() if "per_second" not in k and "runtime" not in k
+    }
+
+
+def test_the_teacher_stays_as_it_is_and_the_student_comes_closer_to_it(tmp_path):
+    teacher = other_llama()
+    before = [param.clone() for param in teacher.parameters()]
+    distances = []
+    for weight in (1.0, None):
+        options = dict(distill_from="a model", distill_weight=weight) if weight else {}
+        trainer = train(tiny_llama(), tmp_path, teacher if weight else None, max_steps=30, **options)
+        batch = default_data_collator(blocks(8))["input_ids"]
+        with torch.no_grad():
+            p, q = (m.eval()(batch).logits.log_softmax(dim=-1) for m in (teacher, trainer.model))
+        distances.append((p.exp() * (p - q)).sum(dim=-1).mean().item())
+    assert distances[0] < distances[1] / 2
+    assert equal(before, teacher.parameters())
+    assert not any(param.requires_grad or param.grad is not None for param in teacher.parameters())
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_teacher_is_loaded_from_a_directory_in_the_dtype_asked_for(tmp_path, compressed, dtype):
+    other_llama().save_pretrained(tmp_path / "teacher")
+    character_tokenizer().save_pretrained(tmp_path / "teacher")
+    name = tmp_path / "teacher"
+    if compressed:
+        name = compress(name, tmp_path / "compressed").directory
+    tokenizer = character_tokenizer()
+    trainer = train(tiny_llama(), tmp_path / "run", processing_class=tokenizer, distill_from=str(name),
+                    distill_dtype=dtype)  # fmt: skip
+    teacher = trainer._distillation.teacher
+    assert {p.dtype for p in teacher.model.parameters()} == {torch.float32 if dtype == "auto" else torch.bfloat16}
+    given = train(tiny_llama(), tmp_path / "run", other_llama(), distill_from="given", distill_dtype=dtype)
+    assert equal(weights(trainer), weights(given))
+
+
+@pytest.mark.parametrize("made", ["model", "model_init"])
+def test_a_run_that_goes_on_has_the_teacher_that_it_began_with(tmp_path, made):
+    def make():
+        return tiny_gpt2() if made == "model" else lambda: tiny_gpt2()
+
+    options = dict(distill_from="start", save_strategy="steps", save_steps=2, max_steps=6)
+    whole = train(make(), tmp_path / "run", **options)
+    resumed = train(make(), tmp_path / "run", resume=str(tmp_path / "run" / "checkpoint-2"), **options)
+    assert equal(weights(whole), weights(resumed))
+    assert [row["loss"] for row in whole.state.log_history if "loss" in row] == [
+        row["loss"] for row in resumed.state.log_history if "loss" in row
+    ]
+    # In the same Trainer too, whose model has been trained since.
+    whole.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert equal(weights(whole), weights(resumed))
+
+
+def test_a_checkpoint_of_another_teacher_is_refused(tmp_path):
+    options = dict(save_strategy="steps", save_steps=2)
+    trained = train(tiny_llama(), tmp_path, distill_from="start", **options).model
+    with pytest.raises(CheckpointError, match="the model that the run began with"):
+        train(trained, tmp_path, resume=str(tmp_path / "checkpoint-2"), distill_from="start", **options)
+    train(tiny_llama(), tmp_path, other_llama(), distill_from="teacher", **options)
+    with pytest.raises(CheckpointError, match="'teacher'"):
+        train(tiny_llama(), tmp_path, tiny_llama(), resume=str(tmp_path / "checkpoint-2"), distill_from="teacher",
+              **options)  # fmt: skip
+
+
+def renamed(tokenizer, old, new):
+    tokens = tokenizer.get_vocab()
+    tokens[new] = tokens.pop(old)
+    model = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=type(tokenizer.backend_tokenizer)(
+            type(tokenizer.backend_tokenizer.model)(tokens, unk_token="<unk>")
+        )
+    )
+    return model
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokenizers", "error"),
+    [
+        ((98, 98), (False, False), None),
+        ((98, 104), (False, False), None),
+        ((128, 98), (False, False), None),
+        ((98, 200), (False, False), "a vocabulary of 200 tokens"),
+        ((98, 60), (False, False), "a vocabulary of 60 tokens"),
+        ((98, 60), (True, False), "a vocabulary of 60 tokens"),
+        ((98, 600), (True, True), None),  # padded, as the tokenizers prove
+        ((98, 98), (True, "other"), "'q'.*unknown there"),
+    ],
+)
+def test_another_vocabulary_is_refused_and_padding_is_not(rows, tokenizers, error):
+    tokenizer = character_tokenizer() if tokenizers[0] else None
+    others = {True: character_tokenizer(), False: None, "other": renamed(character_tokenizer(), "q", "qq")}
+    teacher = tiny_llama(vocab_size=rows[1]), others[tokenizers[1]]
+    context = pytest.raises(ValueError, match=error) if error else contextlib.nullcontext()
+    with context:
+        check_vocabularies("teacher", (tiny_llama(vocab_size=rows[0]), tokenizer), teacher)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (dict(distill_weight=0.3), "no effect without distill_from"),
+        (dict(distill_temperature=2.0), "no effect without distill_from"),
+        (dict(distill_dtype="bfloat16"), "no effect without distill_from"),
+        (dict(distill_from=""), "names no teacher"),
+        (dict(distill_from="start", distill_weight=0.0), "above 0"),
+        (dict(distill_from="start", distill_weight=1.5), "at most 1"),
+        (dict(distill_from="start", distill_temperature=0.0), "above 0"),
+        (dict(distill_from="start", distill_temperature=float("nan")), "finite"),
+        (dict(distill_from="start", distill_dtype="int8"), "not one of auto"),
+        (dict(distill_from="start", label_smoothing_factor=0.1), "label_smoothing_factor"),
+        (dict(distill_from="start", use_liger_kernel=True), "use_liger_kernel"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_arguments(tmp_path, options, error):
+    with pytest.raises(ValueError, match=error):
+        PAdamTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **options)
+
+
+def test_what_cannot_be_distilled_is_refused_before_a_step(tmp_path):
+    args = PAdamTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, distill_from="start")
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        PAdamTrainer(tiny_llama(), args, compute_loss_func=lambda *args, **kwargs: None)
+    config = dict(vocab_size=97, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
+    with pytest.raises(ValueError, match="this model is a T5ForConditionalGeneration"):
+        PAdamTrainer(transformers.T5ForConditionalGeneration(transformers.T5Config(**config)), args)
+    classifier = transformers.LlamaForSequenceClassification(tiny_llama().config)
+    with pytest.raises(ValueError, match="this model is a LlamaForSequenceClassification"):
+        PAdamTrainer(classifier, args)
+    with pytest.raises(ValueError, match="distill_from='nowhere' could not be loaded"):
+        train(tiny_llama(), tmp_path, distill_from="nowhere")
+    for name in (None, "start"):
+        with pytest.raises(ValueError, match="teacher=... has no effect"):
+            train(tiny_llama(), tmp_path, tiny_llama(), distill_from=name)
+    with pytest.raises(ValueError, match="a vocabulary of 400 tokens"):
+        train(tiny_llama(), tmp_path, tiny_llama(vocab_size=400), distill_from="a model")
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**SHAPE))
+    before = [param.clone() for param in bert.parameters()]
+    with pytest.raises(ValueError, match="BertForMaskedLM does not make its loss by its loss_function"):
+        train(bert, tmp_path, distill_from="start")
+    assert equal(before, bert.parameters())
+
+
+def test_a_trainer_that_does_not_distil_says_so(tmp_path):
+    args = PAdamTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, distill_from="start")
+    trainer = transformers.Trainer(tiny_llama(), args, train_dataset=blocks(4), data_collator=default_data_collator)
+    with pytest.raises(ValueError, match="this Trainer does not distil"):
+        trainer.train()
+
+
+def test_adapters_are_distilled_too(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    trainer = train(model, tmp_path, other_llama(), optim="adamw_torch", optim_args=None, distill_from="a model")
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert trainer.model.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_in_mixed_precision_the_loss_is_nearly_the_same(tmp_path, dtype):
+    options = dict(distill_from="a model", distill_dtype=dtype, max_steps=2)
+    losses = [
+        train(tiny_llama(), tmp_path, other_llama(), bf16=bf16, **options).state.log_history[1]["loss"]
+        for bf16 in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_a_compiled_model_is_compiled_once():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    student, counter = tiny_llama(), CompileCounter()
+    compiled = torch.compile(student, backend=counter)
+    distillation = Distillation(Teacher.copied(other_llama(), None))
+    losses, graphs = [], []
+    for step in range(3):
+        batch = default_data_collator(rows_with_gaps(4)[step:] + rows_with_gaps(4)[:step])
+        losses.append([])
+        for model in (compiled, student):
+            with distillation(student, batch):
+                losses[-1].append(model(**batch).loss.item())
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[-1] > 0
+    for one, other in losses:
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+class Allocated(TorchDispatchMode):
+    """Sums the storages that operators return while they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in self._known:
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._known:
+                    self._known.add(key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._free, key, size)
+        return result
+
+    def _free(self, key, size):
+        self._known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_holds_one_chunk_more_and_no_second_copy_of_the_logits(monkeypatch, dtype):
+    vocabulary, length = 20_000, 256
+    monkeypatch.setattr(distillation, "_CHUNK", vocabulary)
+    student = tiny_llama(vocab_size=vocabulary, max_position_embeddings=length).to(dtype)
+    teacher = Teacher.copied(student, None)
+    ids = torch.randint(vocabulary, (2, length))
+    batch = {"input_ids": ids, "labels": ids}
+    peaks = []
+    for context in (contextlib.nullcontext(), Distillation(teacher)(student, batch)):
+        student.zero_grad(set_to_none=True)
+        with Allocated() as allocated, context:
+            student(**batch).loss.backward()
+        peaks.append(allocated.peak)
+    chunk = 2 * length // distillation._CHUNKS * vocabulary * 4
+    assert peaks[1] < peaks[0] + chunk
+
+
+def test_two_processes_distil_like_one(tmp_path):
+    one = job(1, "training/distributed.py", "distil", tmp_path / "one", 4)
+    two = job(2, "training/distributed.py", "distil", tmp_path / "two", 2)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["teacher"] == one["teacher"]
+    assert two["moved"] == pytest.approx(one["moved"], rel=1e-3, abs=1e-5)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_a_sharded_student_learns_from_a_whole_teacher_like_an_unsharded_one():
+    assert job(2, "training/distributed.py", "distil_sharded")["difference"] < 1e-5
