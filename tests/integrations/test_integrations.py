@@ -188,7 +188,14 @@ def llama_factory(monkeypatch, load):
 
 def test_llama_factory_trains_by_its_configuration(llama_factory):
     model = tiny_llama()
-    config = {"name": "padam", "learning_rate": "3e-3", "target_sparsity": 0.5, "total_steps": 12, "p_norm": 0.5}
+    config = {
+        "name": "padam",
+        "learning_rate": "3e-3",
+        "target_sparsity": 0.5,
+        "total_steps": 12,
+        "p_norm": 0.5,
+        "importance": "magnitude",
+    }
     config |= {"decay_embeddings": True, "adam_beta2": 0.95}
     optimizer = llama_factory(model, config)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.95) and optimizer.param_groups[0]["lr"] == 3e-3

@@ -290,7 +290,7 @@ def test_another_vocabulary_is_refused_and_padding_is_not(rows, tokenizers, erro
         (dict(distill_from="start", distill_weight=1.5), "at most 1"),
         (dict(distill_from="start", distill_temperature=0.0), "above 0"),
         (dict(distill_from="start", distill_temperature=float("nan")), "finite"),
-        (dict(distill_from="start", distill_dtype="int8"), "not one of auto"),
+        (dict(distill_from="start", distill_dtype="int8"), "must be one of auto"),
         (dict(distill_from="start", label_smoothing_factor=0.1), "label_smoothing_factor"),
         (dict(distill_from="start", use_liger_kernel=True), "use_liger_kernel"),
     ],
