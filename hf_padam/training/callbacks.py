@@ -130,3 +130,39 @@ class PNormScheduleCallback(TrainerCallback):
     ) -> None:
         """Set p for the step."""
         set_p_norm(optimizer.param_groups, state.global_step, state.max_steps, *self._settings)
+
+
+class ScheduleFromArguments(PNormScheduleCallback):
+    """The callback as `PAdamTrainer` has it: it reads the training arguments at every use.
+
+    For they change after a Trainer's construction: a hyperparameter search sets them before each trial.
+    """
+
+    def __init__(self) -> None:
+        pass
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the settings of this training."""
+        check_schedule(*_schedule(args))
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Set p for the step."""
+        self._settings = _schedule(args)
+        super().on_step_begin(args, state, control, optimizer, **kwargs)
+
+
+def _schedule(args: TrainingArguments) -> tuple[float, float, str]:
+    return (
+        getattr(args, "p_norm_start", DEFAULT_SCHEDULE_START),
+        getattr(args, "p_norm_schedule_share", DEFAULT_SHARE),
+        getattr(args, "p_norm_schedule", "constant"),
+    )
