@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..optim.schedules import DEFAULT_SHARE, check_schedule, set_p_norm
 from ..optim.schedules import DEFAULT_START as DEFAULT_SCHEDULE_START
 from ..optim.target_sparsity import DEFAULT_END, DEFAULT_START, TargetSparsity, check_plan, steering_of
+from .lost_updates import warn_of_lost_updates
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ class TargetSparsityCallback(TrainerCallback):
 class CallbackFromGroups(TargetSparsityCallback):
     """The callback as every Trainer has it: it acts if the optimizer's groups hold a `target_sparsity`.
 
-    It also writes the logs of every steered optimizer, for it comes before the callbacks that report them.
+    It also writes the logs of every steered optimizer, for it comes before the callbacks that report them; and warns
+    of updates that the rounding of bf16 weights would lose.
     """
 
     def __init__(self) -> None:
@@ -78,6 +80,8 @@ class CallbackFromGroups(TargetSparsityCallback):
     ) -> None:
         """Attach if the groups say so."""
         groups = getattr(kwargs.get("optimizer"), "param_groups", [])
+        if state.is_world_process_zero:
+            warn_of_lost_updates(groups)
         plans = [group for group in groups if group.get("target_sparsity") is not None]
         self._steering = None
         if plans:

@@ -18,7 +18,7 @@ from ..optim.schedules import DEFAULT_START, scheduled_p_norm
 from ..resuming.resumable import ResumableTrainer
 from ..resuming.settings import check_added_decay, check_decayed
 from .callbacks import PNormScheduleCallback, ScheduleFromArguments
-from .gradients import check_gradient_norm
+from .gradients import UnreadNorms, check_gradient_norm, leaves_out_steps
 from .metrics import WeightSparsity
 from .other_optimizers import asks_for_decay, attach_decay, check_deepspeed
 from .param_groups import decayed_parameters
@@ -46,13 +46,15 @@ class PAdamTrainer(ResumableTrainer):
     Both sparsities are also in the training logs, so they reach whatever `report_to` names; so is `p_norm` while
     `p_norm_schedule` moves it. Works with any optimizer.
 
-    Runs go on exactly after a kill (see `ResumableTrainer`), and a gradient that is not finite is never applied.
+    Runs go on exactly after a kill (see `ResumableTrainer`), and a gradient that is not finite is never applied. (With
+    ``logging_nan_inf_filter=False``, which is for steps that never wait for the device, it is not logged or saved.)
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._meter: PerplexityMeter | None = None  # during an evaluation
         self._said: set[str] = set()
+        self._unread_norms = UnreadNorms()
         if not any(isinstance(callback, PNormScheduleCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(ScheduleFromArguments())
 
@@ -113,17 +115,27 @@ class PAdamTrainer(ResumableTrainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # a sharded model's
         step = self.state.global_step + 1
+        stops = getattr(self.args, "nonfinite_gradients", "stop") == "stop"
+        if stops and not self.args.logging_nan_inf_filter:  # the Trainer then reads nothing of a step before its log
+            if norm is not None and not leaves_out_steps(self.accelerator):
+                self._unread_norms.add(norm, step)
+            return norm
         try:
             check_gradient_norm(norm, step, self.accelerator)
         except FloatingPointError:
-            if getattr(self.args, "nonfinite_gradients", "stop") == "stop":
+            if stops:
                 raise
             logger.warning("The gradient norm of step %d is %s: its update is skipped.", step, float(norm))
             model.zero_grad()  # without gradients the optimizer leaves weights and moments as they are
         return norm
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._unread_norms.check()
+        super()._save_checkpoint(model, trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add sparsity to every log of training progress."""
+        self._unread_norms.check()
         if "loss" in logs:
             logs |= self.sparsity()
             p_norm = scheduled_p_norm(self.optimizer)
