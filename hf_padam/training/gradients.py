@@ -61,8 +61,8 @@ class UnreadNorms:
         total, self._sum = self._sum, None
         if total is not None and not math.isfinite(total):
             raise FloatingPointError(
-                f"the gradient norm of a step from {self._first} to {self._last} was not finite, and its update is in the "
-                "weights. Lower the learning rate, train in bf16 or fp32, or look for bad rows in the data; then "
+                f"the gradient norm of a step from {self._first} to {self._last} was not finite, and its update is in "
+                "the weights. Lower the learning rate, train in bf16 or fp32, or look for bad rows in the data; then "
                 "resume from the newest checkpoint, which is from before. Such a step is not taken where every norm "
                 'is read: with logging_nan_inf_filter, or nonfinite_gradients="skip"'
             )

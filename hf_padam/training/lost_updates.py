@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 logger = logging.getLogger(__name__)
 
 _HALF_SPACING = 2.0**-9
-"""Of bf16 numbers, as a share of a number, at least: what is smaller is rounded away. Adam moves by lr at most, about."""
+"""Of bf16 numbers, as the least share of a number: what is smaller is rounded away. An Adam step is lr, or less."""
 
 _SAMPLE, _TOLERATED = 2**16, 0.1
 
@@ -36,9 +36,9 @@ def warn_of_lost_updates(groups: Iterable[dict[str, Any]]) -> None:
     share = int(sum(fixed)) / max(1, count)
     if share >= _TOLERATED:
         logger.warning(
-            "About %.0f %% of the weights are too large for a step at the learning rate %s to change: they are stored "
-            "in bf16, whose rounding to the nearest loses it. Give bf16_stochastic_round=true (in optim_args, or as an "
-            "option of its own), or load the model with dtype=torch.float32 and train with bf16=True.",
+            "About %.0f %% of the weights are too large for a step at the learning rate %s to change: they are "
+            "stored in bf16, whose rounding to the nearest loses it. Give bf16_stochastic_round=true (in optim_args, "
+            "or as an option of its own), or load the model with dtype=torch.float32 and train with bf16=True.",
             100 * share,
             ", ".join(f"{rate:g}" for rate in sorted(rates)),
         )

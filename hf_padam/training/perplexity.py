@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .metrics import IGNORED, Perplexity, following, token_nll, widest_float
 
@@ -140,6 +141,25 @@ class PerplexityMeter:
 def unshifted(labels: Tensor) -> Tensor:
     """Return what each position predicts where the labels are in their places already."""
     return labels
+
+
+@torch.no_grad()
+def own_loss(model: nn.Module, inputs: dict[str, Any], plain: nn.Module) -> Tensor | None:
+    """Return a model's mean loss of a batch: not smoothed, not divided by other counts, and without MoE routers'.
+
+    Args:
+        model: The model, as it is wrapped for its processes.
+        inputs: With the labels.
+        plain: The same, unwrapped.
+    """
+    config: Any = getattr(plain, "config", None)
+    if isinstance(config, PreTrainedConfig) and getattr(config.get_text_config(), "output_router_logits", False):
+        inputs = {**inputs, "output_router_logits": False}
+    try:
+        outputs = model(**inputs)
+    except TypeError:  # it does not take labels, or wants what a `compute_loss` of the user's adds
+        return None
+    return outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
 
 
 def _scores(outputs: Any, labels: Any) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
@@ -19,10 +19,10 @@ from ..resuming.resumable import ResumableTrainer
 from ..resuming.settings import check_added_decay, check_decayed
 from .callbacks import PNormScheduleCallback, ScheduleFromArguments
 from .gradients import UnreadNorms, check_gradient_norm, leaves_out_steps
-from .metrics import WeightSparsity
+from .metrics import WeightSparsity, following
 from .other_optimizers import asks_for_decay, attach_decay, check_deepspeed
 from .param_groups import decayed_parameters
-from .perplexity import PerplexityMeter, following
+from .perplexity import PerplexityMeter, own_loss
 from .registration import OPTIMIZERS, OPTIONS, optimizer_options
 from .uneven_ends import marking_repeated_rows, rows_that_count
 
@@ -221,14 +221,5 @@ class PAdamTrainer(ResumableTrainer):
         return counted_alike and type(self).compute_loss is Trainer.compute_loss
 
     def _own_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-        """Return a model's mean loss: not smoothed, not divided by other counts, and without that of MoE routers."""
-        inputs = self._prepare_inputs(inputs)
-        config: Any = getattr(self.accelerator.unwrap_model(model), "config", None)
-        if isinstance(config, PreTrainedConfig) and getattr(config.get_text_config(), "output_router_logits", False):
-            inputs = {**inputs, "output_router_logits": False}
-        try:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = model(**inputs)
-        except TypeError:  # it does not take labels, or wants something that `compute_loss` adds
-            return None
-        return outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
+        with self.compute_loss_context_manager():
+            return own_loss(model, self._prepare_inputs(inputs), self.accelerator.unwrap_model(model))
