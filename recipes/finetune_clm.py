@@ -24,6 +24,7 @@ from support.arguments import DataArguments, ModelArguments, check_output_dir, c
 from support.data import load_blocks
 from support.errors import UsageError, reports_usage_errors
 from support.models import load_model_and_tokenizer, load_teacher, save_model
+from support.positions import longest_sequence
 from support.pruning import PruningArguments, evaluate_one_shot
 from support.timing import StepTimer
 from transformers import TrainerCallback, default_data_collator, set_seed
@@ -46,7 +47,8 @@ class TestBefore(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Evaluate, unless the log history says that this has been done."""
         if not any(self.KEY in row for row in state.log_history):
-            self.trainer.evaluate(self.split, metric_key_prefix="test_before")
+            if self.KEY not in self.trainer.evaluate(self.split, metric_key_prefix="test_before"):
+                raise UsageError("this recipe reports perplexities, but none is known of this model: see the log")
 
 
 def parse(argv: list[str]) -> tuple[Any, ...]:
@@ -70,7 +72,7 @@ def main() -> None:
     model, tokenizer = load_model_and_tokenizer(model_args, args.main_process_first(desc="fetching"))
     fetching = args.main_process_first(desc="fetching the teacher")
     teacher = load_teacher(args.distill_from, args.distill_dtype, model_args, (model, tokenizer), fetching)
-    max_length = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    max_length = longest_sequence(model, tokenizer)
     hub_options = {"token": model_args.token, "cache_dir": model_args.cache_dir}
     splits = load_blocks(data_args, tokenizer, max_length, args.main_process_first(desc="tokenizing"), hub_options)
 

@@ -9,6 +9,7 @@ Same model, data, options, results and pictures as finetune_clm.py; the training
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import time
@@ -24,24 +25,19 @@ from support.data import load_blocks
 from support.errors import UsageError, reports_usage_errors
 from support.loop import PROGRESS_FILE, LoopArguments, Progress, make_distillation
 from support.models import load_model_and_tokenizer, load_teacher, save_model
+from support.positions import longest_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator, get_scheduler
 
-from hf_padam import (
-    PAdam,
-    Perplexity,
-    PNormScheduler,
-    TargetSparsity,
-    WeightSparsity,
-    decayed_parameters,
-    get_param_groups,
-)
+from hf_padam import PAdam, PNormScheduler, TargetSparsity, WeightSparsity, decayed_parameters, get_param_groups
 from hf_padam.optim.hyperparameters import DEFAULT_LAMBDA_P
 from hf_padam.resuming.interruption import EXIT_STATUS, StopSignal
 from hf_padam.training.gradients import check_gradient_norm
-from hf_padam.training.metrics import sequence_nll
+from hf_padam.training.lost_updates import warn_of_lost_updates
 from hf_padam.training.options import has_target, with_defaults
+from hf_padam.training.perplexity import PerplexityMeter, own_loss
+from hf_padam.training.uneven_ends import rows_that_count
 
 
 def parse(argv: list[str]) -> tuple[Any, ...]:
@@ -74,7 +70,7 @@ def main() -> None:
     fetching = accelerator.main_process_first()
     teacher = load_teacher(args.distill_from, args.distill_dtype, model_args, (model, tokenizer), fetching)
     distillation = make_distillation(args, model, tokenizer, teacher, accelerator)
-    max_length = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    max_length = longest_sequence(model, tokenizer)
     hub_options = {"token": model_args.token, "cache_dir": model_args.cache_dir}
     splits = load_blocks(data_args, tokenizer, max_length, accelerator.main_process_first(), hub_options)
 
@@ -98,6 +94,7 @@ def main() -> None:
         decayed = list(decayed_parameters(model, **which))
         rounding = {"bf16_stochastic_round": True, "rounding_seed": args.seed} if args.bf16_stochastic_round else {}
         optimizer = PAdam(groups, lr=args.learning_rate, backend=args.backend, **rounding)
+        warn_of_lost_updates(optimizer.param_groups)
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
 
@@ -113,10 +110,13 @@ def main() -> None:
     }
     model, optimizer, *prepared = accelerator.prepare(model, optimizer, *loaders.values())
     loaders = dict(zip(loaders, prepared, strict=True))
+    # As with the Trainer, the batches that are left over at the end of an epoch make a step of their own.
+    accumulated = args.gradient_accumulation_steps
+    batches_per_epoch = math.inf if data_args.streaming else len(loaders["train"])
     if args.max_steps > 0:
         total_steps = args.max_steps
     else:
-        total_steps = math.ceil(args.num_train_epochs * len(loaders["train"]) / args.gradient_accumulation_steps)
+        total_steps = math.ceil(args.num_train_epochs * math.ceil(batches_per_epoch / accumulated))
     try:
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
         scheduler = accelerator.prepare(scheduler)
@@ -133,18 +133,24 @@ def main() -> None:
     if args.report_to != "none":
         accelerator.init_trackers("padam")
 
-    # 2. Evaluation: summed NLL and token counts, gathered over processes, make an exact perplexity.
+    # 2. Evaluation: summed NLL and token counts of all processes make an exact perplexity.
     @torch.no_grad()
     def perplexity(split: str) -> float:
         model.eval()
-        nll, tokens = [], []
+        meter = PerplexityMeter(accelerator)
         for batch in tqdm(loaders[split], desc=f"Evaluating {split}", disable=not accelerator.is_main_process):
-            logits = model(input_ids=batch["input_ids"]).logits
-            batch_nll, batch_tokens = accelerator.gather_for_metrics(sequence_nll(logits, batch["labels"]))
-            nll += batch_nll.tolist()
-            tokens += batch_tokens.tolist()
+            output, labels = model(**batch), batch["labels"]
+            if meter.follows_loss:
+                meter.add_mean(output.loss, labels)
+            else:
+                rows = rows_that_count(batch, labels, accelerator)
+                again = functools.partial(own_loss, model, batch, plain)
+                meter.add(output.loss, output.logits, labels, own_loss=again, rows=rows)
         model.train()
-        return Perplexity().compute(predictions=nll, references=tokens)["perplexity"]
+        value = meter.result()
+        if value is None:
+            raise UsageError(f"this recipe reports perplexities, but {meter.reason}")
+        return value
 
     plain = accelerator.unwrap_model(model)
     before = report.Magnitudes.of(plain, decayed)
@@ -166,7 +172,8 @@ def main() -> None:
                 with accelerator.accumulate(model):
                     with distillation(plain, batch) if distillation else nullcontext():
                         loss = model(**batch).loss
-                    accelerator.backward(loss)
+                    left = batches_per_epoch - progress.batches // accumulated * accumulated
+                    accelerator.backward(loss * accumulated / min(accumulated, left))  # which divides by all
                     progress.losses.append(loss.detach())
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)

@@ -11,6 +11,8 @@ from ..optim.padam import PAdam, unwrap
 from ..optim.schedules import DEFAULT_SHARE, check_schedule, set_p_norm
 from ..optim.schedules import DEFAULT_START as DEFAULT_SCHEDULE_START
 from ..optim.target_sparsity import DEFAULT_END, DEFAULT_START, TargetSparsity, check_plan, steering_of
+from .lost_updates import warn_of_lost_updates
+from .options import options_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,8 @@ class TargetSparsityCallback(TrainerCallback):
 class CallbackFromGroups(TargetSparsityCallback):
     """The callback as every Trainer has it: it acts if the optimizer's groups hold a `target_sparsity`.
 
-    It also writes the logs of every steered optimizer, for it comes before the callbacks that report them.
+    It also writes the logs of every steered optimizer, for it comes before the callbacks that report them; and warns
+    of updates that the rounding of bf16 weights would lose.
     """
 
     def __init__(self) -> None:
@@ -81,7 +84,9 @@ class CallbackFromGroups(TargetSparsityCallback):
         optimizer = unwrap(kwargs.get("optimizer"))
         if isinstance(optimizer, PAdam):
             optimizer.check_zero_start()
-        groups = optimizer.param_groups if isinstance(optimizer, PAdam) else []
+        groups = getattr(optimizer, "param_groups", [])
+        if state.is_world_process_zero:
+            warn_of_lost_updates(groups)
         plans = [group for group in groups if group.get("target_sparsity") is not None]
         self._steering = None
         if plans:
@@ -134,3 +139,36 @@ class PNormScheduleCallback(TrainerCallback):
     ) -> None:
         """Set p for the step."""
         set_p_norm(optimizer.param_groups, state.global_step, state.max_steps, *self._settings)
+
+
+class ScheduleFromArguments(PNormScheduleCallback):
+    """The callback as `PAdamTrainer` has it: it reads the training arguments at every use.
+
+    For they change after a Trainer's construction: a hyperparameter search sets them before each trial.
+    """
+
+    def __init__(self) -> None:
+        pass
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the settings of this training."""
+        check_schedule(*_schedule(args))
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Set p for the step."""
+        self._settings = _schedule(args)
+        super().on_step_begin(args, state, control, optimizer, **kwargs)
+
+
+def _schedule(args: TrainingArguments) -> tuple[float, float, str]:
+    options = options_of(args)
+    return options.p_norm_start, options.p_norm_schedule_share, options.p_norm_schedule

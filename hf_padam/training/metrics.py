@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from ..sparsity import TensorCount, count_model_zeros, summarize
 from .param_groups import decayed_parameters
 
+IGNORED = -100
+"""The label of what is not predicted."""
+
+_CHUNK = {"cpu": 2**19, "cuda": 2**24}
+"""Logits that are copied to fp32 at a time: what stays in a CPU's cache; enough for a GPU to be busy."""
+
 
 def sequence_nll(logits: Tensor, labels: Tensor, *, shift: bool = True) -> tuple[Tensor, Tensor]:
     """Return each sequence's negative log-likelihood and its number of predicted tokens: the inputs of `Perplexity`.
@@ -27,11 +33,42 @@ def sequence_nll(logits: Tensor, labels: Tensor, *, shift: bool = True) -> tuple
     Returns:
         NLL in nats, in fp64 where the device has it, and counts, int64; both of shape (batch,).
     """
-    if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=-100, reduction="none")
-    precise = torch.float32 if losses.device.type == "mps" else torch.float64
-    return losses.sum(dim=1, dtype=precise), labels.ne(-100).sum(dim=1)
+    targets = following(labels) if shift else labels
+    losses = token_nll(logits, targets)
+    return losses.sum(dim=1, dtype=widest_float(losses.device)), targets.ne(IGNORED).sum(dim=1)
+
+
+def following(labels: Tensor) -> Tensor:
+    """Return what each position of a causal model predicts: the label after it, and nothing at the end."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the negative log-likelihood of what every position predicts, 0 where that is -100.
+
+    Some rows of the vocabulary at a time: a copy of all logits in fp32 would be the largest tensor of an evaluation,
+    and a cross entropy over any dimension but the last is slow and, on CPUs, sums naively.
+
+    Args:
+        logits: (batch, length, vocabulary).
+        targets: (batch, length), what position i itself predicts; or (batch, length, n), n such alternatives.
+
+    Returns:
+        Nats in fp32, of the shape of `targets`.
+    """
+    scores, wanted = logits.flatten(end_dim=1), targets.to(logits.device).reshape(logits.shape[:2].numel(), -1)
+    counts, wanted = wanted.ne(IGNORED), wanted.clamp(0, logits.shape[-1] - 1)
+    rows = max(1, _CHUNK.get(logits.device.type, _CHUNK["cuda"]) // logits.shape[-1])
+    losses = []
+    for chunk, index in zip(scores.split(rows), wanted.split(rows), strict=True):
+        chunk = chunk.float()
+        losses.append(chunk.logsumexp(dim=-1, keepdim=True) - chunk.gather(-1, index))
+    return torch.cat(losses).where(counts, 0.0).view(targets.shape)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return fp64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 # evaluate makes a cache directory even for modules that work in memory; the default one may not be writable.

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
 from ..optim.schedules import scheduled_p_norm
 from ..resuming.settings import check_added_decay, check_decayed
-from .callbacks import PNormScheduleCallback
+from .callbacks import PNormScheduleCallback, ScheduleFromArguments
 from .distilling_trainer import DistillingTrainer
-from .gradients import check_gradient_norm
-from .metrics import Perplexity, WeightSparsity, sequence_nll
+from .gradients import UnreadNorms, check_gradient_norm, leaves_out_steps
+from .metrics import WeightSparsity, following
 from .options import SCHEDULE, options_of
 from .other_optimizers import asks_for_decay, attach_decay, check_deepspeed
 from .param_groups import decayed_parameters
+from .perplexity import PerplexityMeter, own_loss
 from .registration import OPTIMIZERS, optimizer_options
+from .uneven_ends import marking_repeated_rows, rows_that_count
 
 logger = logging.getLogger(__name__)
 
@@ -47,23 +47,23 @@ class PAdamTrainer(DistillingTrainer):
     Both sparsities are also in the training logs, so they reach whatever `report_to` names; so is `p_norm` while
     `p_norm_schedule` moves it. Works with any optimizer.
 
-    Runs go on exactly after a kill (see `ResumableTrainer`), and a gradient that is not finite is never applied. With
-    `distill_from`, the loss is in part the divergence from a teacher (see `DistillingTrainer`).
+    Runs go on exactly after a kill (see `ResumableTrainer`), and a gradient that is not finite is never applied. (With
+    ``logging_nan_inf_filter=False``, which is for steps that never wait for the device, it is not logged or saved.)
+    With `distill_from`, the loss is in part the divergence from a teacher (see `DistillingTrainer`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._nll: list[Tensor] = []
-        self._tokens: list[Tensor] = []
-        if asks_for_decay(self.args) and self.is_deepspeed_enabled:
-            check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        self._meter: PerplexityMeter | None = None  # during an evaluation
+        self._said: set[str] = set()
+        self._unread_norms = UnreadNorms()
         if not any(isinstance(callback, PNormScheduleCallback) for callback in self.callback_handler.callbacks):
-            options = options_of(self.args)
-            schedule = (options.p_norm_start, options.p_norm_schedule_share, options.p_norm_schedule)
-            self.add_callback(PNormScheduleCallback(*schedule))
+            self.add_callback(ScheduleFromArguments())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer; add a p-norm decay if the arguments ask for one and it is not PAdam."""
+        if asks_for_decay(self.args) and self.is_deepspeed_enabled:
+            check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
         optimizer = super().create_optimizer(model)
         if asks_for_decay(self.args):
             model = self.model if model is None else model
@@ -119,17 +119,27 @@ class PAdamTrainer(DistillingTrainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # a sharded model's
         step = self.state.global_step + 1
+        stops = options_of(self.args).nonfinite_gradients == "stop"
+        if stops and not self.args.logging_nan_inf_filter:  # the Trainer then reads nothing of a step before its log
+            if norm is not None and not leaves_out_steps(self.accelerator):
+                self._unread_norms.add(norm, step)
+            return norm
         try:
             check_gradient_norm(norm, step, self.accelerator)
         except FloatingPointError:
-            if options_of(self.args).nonfinite_gradients == "stop":
+            if stops:
                 raise
             logger.warning("The gradient norm of step %d is %s: its update is skipped.", step, float(norm))
             model.zero_grad()  # without gradients the optimizer leaves weights and moments as they are
         return norm
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._unread_norms.check()
+        super()._save_checkpoint(model, trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add sparsity to every log of training progress."""
+        self._unread_norms.check()
         if "loss" in logs:
             logs |= self.sparsity()
             p_norm = scheduled_p_norm(self.optimizer)
@@ -144,16 +154,34 @@ class PAdamTrainer(DistillingTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Evaluate one batch, and keep its summed NLL and token count for the perplexity."""
-        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        scores = _token_scores(logits, labels)
-        if scores is not None and labels is not None:
-            shift = "shift_labels" not in inputs  # else the collator has shifted them
-            shift = shift and _predicts_the_next_token(self.accelerator.unwrap_model(model))
-            nll, tokens = self.accelerator.gather_for_metrics(sequence_nll(scores, labels, shift=shift))
-            self._nll.append(nll)
-            self._tokens.append(tokens)
-        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+        """Evaluate one batch, and add it to the perplexity."""
+        meter, labels = self._meter, inputs.get("labels")
+        rows = rows_that_count(inputs, labels, self.accelerator)
+        if meter is None or labels is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        shifted = inputs.get("shift_labels")
+        labels = self._prepare_input(labels if shifted is None else shifted)
+        if self._loss_is_enough(meter, shifted is not None):
+            loss, logits, targets = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            assert loss is not None  # there are labels
+            meter.add_mean(loss, labels)
+            return loss, logits, targets
+        without_logits = prediction_loss_only and bool(self.args.use_liger_kernel or meter.reason)
+        loss, logits, targets = super().prediction_step(model, inputs, without_logits, ignore_keys)
+        if without_logits and not meter.reason:
+            meter.reason = (
+                "Liger's fused loss does without the logits. For a perplexity, give "
+                "liger_kernel_config={'fused_linear_cross_entropy': False}"
+            )
+        meter.add(
+            loss,
+            logits,
+            labels,
+            own_loss=lambda: self._own_loss(model, inputs),
+            shifted=shifted is not None,
+            rows=rows,
+        )
+        return (loss, None, None) if prediction_loss_only else (loss, logits, targets)
 
     def evaluation_loop(
         self,
@@ -164,30 +192,38 @@ class PAdamTrainer(DistillingTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Run the evaluation and add perplexity and sparsity to its metrics."""
-        self._nll, self._tokens = [], []
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._meter = meter = PerplexityMeter(self.accelerator)
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if any(getattr(parallelism, name, 1) > 1 for name in ("cp_size", "sp_size")):
+            meter.reason = "context and sequence parallelism cut the sequences in pieces"
+        try:
+            with marking_repeated_rows(dataloader):
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+            perplexity = meter.result()
+        finally:
+            self._meter = None
         metrics = self.sparsity()
-        if self._nll:
-            nll, tokens = torch.cat(self._nll).tolist(), torch.cat(self._tokens).tolist()
-            predicts = any(tokens)  # else every label is masked
-            result = Perplexity().compute(predictions=nll, references=tokens) if predicts else {"perplexity": math.nan}
-            metrics["perplexity"] = result["perplexity"]
+        if perplexity is not None:
+            metrics["perplexity"] = perplexity
+        elif meter.reason and meter.reason not in self._said and self.is_world_process_zero():
+            self._said.add(meter.reason)
+            logger.warning("No %s_perplexity is reported: %s.", metric_key_prefix, meter.reason)
         prefixed = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         return output._replace(metrics={**(output.metrics or {}), **prefixed})
 
+    def _loss_is_enough(self, meter: PerplexityMeter, shifted: bool) -> bool:
+        """Whether the loss of every batch is known to be the mean NLL of the tokens that the meter counts.
 
-def _token_scores(logits: Any, labels: Any) -> Tensor | None:
-    """Return the output that scores every labelled token: (batch, length, vocabulary) for labels (batch, length)."""
-    if not isinstance(labels, Tensor) or labels.ndim != 2:
-        return None
-    for output in logits if isinstance(logits, tuple | list) else (logits,):
-        if isinstance(output, Tensor) and output.ndim == 3 and output.shape[:2] == labels.shape:
-            return output
-    return None
+        The Trainer has the model divide by its own count of tokens, which is to be the same.
+        """
+        if not meter.follows_loss or self.args.n_gpu > 1 or self.label_smoother or self.compute_loss_func:
+            return False
+        shifts = getattr(self, "_loss_shifts_labels", None)  # not in every version of Transformers
+        counted_alike = not self.model_accepts_loss_kwargs or shifted or shifts is (meter.aligned is following)
+        return counted_alike and type(self).compute_loss is Trainer.compute_loss
 
-
-def _predicts_the_next_token(model: nn.Module) -> bool:
-    """Whether position i of a language model predicts label i + 1, rather than label i."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return False
-    return not any(type(m).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() for m in model.modules())
+    def _own_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        with self.compute_loss_context_manager():
+            return own_loss(model, self._prepare_inputs(inputs), self.accelerator.unwrap_model(model))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from .data import load_raw, text_column
+from .data import BYTE_ORDER_MARK, load_raw, text_column
 from .errors import UsageError
 
 
@@ -60,6 +60,7 @@ def load_text(args: TextArguments) -> tuple[str, str]:
     if args.train_file and Path(args.train_file).suffix.lower() in (".txt", ".md"):
         try:
             text = Path(args.train_file).read_bytes().decode("utf-8")  # not read_text, which changes line ends
+            text = text.removeprefix(BYTE_ORDER_MARK)
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--train_file {args.train_file} cannot be read as UTF-8 text: {error}") from error
     else:
@@ -69,6 +70,7 @@ def load_text(args: TextArguments) -> tuple[str, str]:
         rows = [row for split in raw.values() for row in split[column] if row]
         if not all(isinstance(row, str) for row in rows):
             raise UsageError(f"column {column} does not hold text: name another with --text_column")
+        rows = [row.removeprefix(BYTE_ORDER_MARK) for row in rows]
         text = "".join(row if row.endswith("\n") else row + "\n" for row in rows)
     cut = len(text) - round(len(text) * args.validation_split_percentage / 100)
     if not text[:cut] or not text[cut:]:

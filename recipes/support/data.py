@@ -18,6 +18,8 @@ from .errors import UsageError
 SPLITS = ("train", "validation", "test")
 _LOADERS = {".txt": "text", ".md": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _DEFAULT_BLOCK_SIZE = 1024
+BYTE_ORDER_MARK = "\ufeff"
+"""What some editors begin a file with; it is not part of the text."""
 
 
 def load_blocks(
@@ -85,8 +87,16 @@ def _load(args: DataArguments, hub_options: dict[str, Any]) -> DatasetDict | Ite
             f"{', '.join(_LOADERS)}"
         )
     loader = _LOADERS[suffixes.pop()]
-    options = {"keep_linebreaks": args.keep_linebreaks} if loader == "text" else {}
-    return load_dataset(loader, data_files=files, streaming=args.streaming, **options)
+    return load_dataset(loader, data_files=files, streaming=args.streaming, **_options(loader, args))
+
+
+def _options(loader: str, args: Any) -> dict[str, Any]:
+    """Return what makes a loader hand over the text as it stands in the file."""
+    if loader == "text":
+        return {"keep_linebreaks": args.keep_linebreaks}
+    if loader == "csv":  # "NA", "null" and "007" are texts
+        return {"keep_default_na": False, "converters": {args.text_column or "text": str}}
+    return {}
 
 
 def _with_all_splits(raw: Any, args: DataArguments) -> dict[str, Any]:
@@ -140,11 +150,16 @@ def _pack(
 ) -> Any:
     """Tokenize the rows of one split and join them into blocks, dropping the tokens that do not fill the last."""
 
-    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+    def tokenize(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
         texts = batch[column]
-        if not all(isinstance(text, str) for text in texts):
-            bad = next(text for text in texts if not isinstance(text, str))
-            raise UsageError(f"column {column} of {split} holds {bad!r}, which is not text")
+        for number, text in zip(numbers, texts, strict=True):
+            if not isinstance(text, str):
+                what = "is empty (null)" if text is None else f"holds {text!r}, which is not text"
+                raise UsageError(
+                    f"column {column} of {split} {what}, in row {number + 1}: remove such rows, or name another "
+                    "column with --text_column"
+                )
+        texts = [text.removeprefix(BYTE_ORDER_MARK) for text in texts]
         return {"input_ids": tokenizer(texts, verbose=False)["input_ids"]}
 
     def join(batch: dict[str, list]) -> dict[str, list]:
@@ -156,7 +171,8 @@ def _pack(
     limit = args.max_train_samples if split == "train" else args.max_eval_samples
     if args.streaming:
         columns = rows.column_names or list(next(iter(rows)))
-        packed = rows.map(tokenize, batched=True, remove_columns=columns).map(join, batched=True)
+        tokenized = rows.map(tokenize, batched=True, with_indices=True, remove_columns=columns)
+        packed = tokenized.map(join, batched=True)
         if limit is not None:
             packed = packed.take(limit)
         if next(iter(packed), None) is None:
@@ -167,7 +183,8 @@ def _pack(
         "num_proc": args.preprocessing_num_workers,
         "load_from_cache_file": not args.overwrite_cache,
     }
-    tokenized = rows.map(tokenize, remove_columns=rows.column_names, desc=f"Tokenizing {split}", **options)
+    described = {"remove_columns": rows.column_names, "desc": f"Tokenizing {split}"}
+    tokenized = rows.map(tokenize, with_indices=True, **described, **options)
     # Evaluation sets are joined whole, so that at most one block's worth of tokens is dropped.
     size = None if split != "train" and args.preprocessing_num_workers is None else 1000
     packed = tokenized.map(join, batch_size=size, desc=f"Packing {split} into blocks of {block_size}", **options)
