@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..optim.schedules import DEFAULT_SHARE, check_schedule, set_p_norm
 from ..optim.schedules import DEFAULT_START as DEFAULT_SCHEDULE_START
 from ..optim.target_sparsity import DEFAULT_END, DEFAULT_START, TargetSparsity, check_plan, steering_of
+from .decay_report import warn_of_strangers
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ class TargetSparsityCallback(TrainerCallback):
 class CallbackFromGroups(TargetSparsityCallback):
     """The callback as every Trainer has it: it acts if the optimizer's groups hold a `target_sparsity`.
 
-    It also writes the logs of every steered optimizer, for it comes before the callbacks that report them.
+    It also writes the logs of every steered optimizer, for it comes before the callbacks that report them, and warns
+    where parameters decay that are not meant to.
     """
 
     def __init__(self) -> None:
@@ -77,6 +79,8 @@ class CallbackFromGroups(TargetSparsityCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach if the groups say so."""
+        if "model" in kwargs and state.is_world_process_zero:
+            warn_of_strangers(kwargs["model"], kwargs.get("optimizer"))
         groups = getattr(kwargs.get("optimizer"), "param_groups", [])
         plans = [group for group in groups if group.get("target_sparsity") is not None]
         self._steering = None

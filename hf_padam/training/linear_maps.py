@@ -29,7 +29,7 @@ def linear_matrices(model: nn.Module) -> set[int]:
     * `nn.Linear` and what derives from it; modules that are no `nn.Linear` but have `in_features`, `out_features` and
       a weight of these sizes; GPT-2's `Conv1D`; the projections of `nn.MultiheadAttention`;
     * stacks of expert matrices: parameters of three dimensions, or of two with the rows of all experts (DBRX), in
-      modules that are called experts, or for as many experts as they, or what holds them, say they have.
+      modules that are called experts or MoE, or for as many experts as they, or what holds them, say they have.
 
     But not routers: what is called a router, and beside experts what is called a gate (of shared experts, too), or
     else is linear with an output per expert. Nor linear maps that are part of a norm, whose gain they make. Parameters
@@ -38,7 +38,7 @@ def linear_matrices(model: nn.Module) -> set[int]:
 
     Embeddings are not among them unless their module is linear, output heads and PEFT's `lora_A` are.
     """
-    shapes = _Shapes(model)
+    shapes = WholeShapes(model)
     return {
         id(param)
         for module, experts, counts in _modules(model)
@@ -72,16 +72,11 @@ def adapter_weights(model: nn.Module) -> Iterator[Tensor]:
 
 def tables(model: nn.Module, weights: Iterable[Tensor]) -> set[int]:
     """Return the ids of those among some weights, of embeddings or adapters, that have two dimensions."""
-    shapes = _Shapes(model)
+    shapes = WholeShapes(model)
     return {id(param) for param in weights if len(shapes.of(param)) == 2}
 
 
-def whole_shape(model: nn.Module, param: Tensor) -> tuple[int, ...]:
-    """Return the shape of a parameter over all its shards."""
-    return _Shapes(model).of(param)
-
-
-class _Shapes:
+class WholeShapes:
     """The shapes of a model's parameters over all shards, whatever has sharded them."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -105,7 +100,8 @@ def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, bool, set[int]]]:
         if parent is not None and (_routes(name, module, parent) or _NORM.search(type(module).__name__)):
             return
         experts = experts or parent is not None and _holds_experts(name, module)
-        yield module, experts, _counts(module) | (_counts(parent) if parent is not None else set())
+        counts = _counts(module) | (_counts(parent) if parent is not None else set())
+        yield module, experts or _is_mixture(name, module), counts
         for child_name, child in module.named_children():
             yield from below(child, child_name, module, experts)
 
@@ -114,6 +110,10 @@ def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, bool, set[int]]]:
 
 def _holds_experts(name: str, module: nn.Module) -> bool:
     return "expert" in name.lower() or "expert" in type(module).__name__.lower()
+
+
+def _is_mixture(name: str, module: nn.Module) -> bool:
+    return "moe" in name.lower() or "moe" in type(module).__name__.lower()
 
 
 def _counts(module: nn.Module) -> set[int]:
@@ -130,13 +130,13 @@ def _routes(name: str, module: nn.Module, parent: nn.Module) -> bool:
         return True
     siblings = [(n, m) for n, m in parent.named_children() if m is not module]
     experts = [m for n, m in siblings if _holds_experts(n, m) and not _GATE.fullmatch(n)]
-    if not experts:
-        return False
-    if _GATE.fullmatch(name):
+    if experts and _GATE.fullmatch(name):
         return True
     if not _is_linear(module) or any(_is_router(n, m) or _GATE.fullmatch(n) for n, m in siblings):
         return False
     counts = _counts(parent)
+    if _is_mixture("", parent):
+        counts |= {stack.shape[0] for stack in parent.parameters(recurse=False) if stack.dim() == 3}
     for held in experts:
         counts |= {len(held)} if isinstance(held, nn.ModuleList) else _counts(held)
     return getattr(module, "out_features", 0) in counts
@@ -162,5 +162,5 @@ def _is_matrix(module: nn.Module, name: str, shape: tuple[int, ...], experts: bo
     if isinstance(module, nn.modules.conv._ConvNd | nn.Embedding) or _NOT_A_MATRIX.search(name):
         return False
     if len(shape) == 3:
-        return (experts or shape[0] in counts) and min(shape[1:]) > 1
+        return (experts or shape[0] in counts) and min(shape) > 1
     return experts and len(shape) == 2 and any(shape[0] > n and shape[0] % n == 0 for n in counts) and shape[1] > 1
