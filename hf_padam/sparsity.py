@@ -16,6 +16,9 @@ NEAR_ZERO = 1e-8
 """Default threshold below which the magnitude of a non-zero weight counts as near zero."""
 
 
+_TWO_IN_A_BYTE = getattr(torch, "float4_e2m1fn_x2", None)
+
+
 @dataclass(frozen=True)
 class TensorCount:
     """What was counted in one tensor."""
@@ -34,12 +37,13 @@ class TensorCount:
 
 
 def countable(dtype: torch.dtype) -> bool:
-    """Whether a stored zero is a weight that is zero: with floating-point, complex and 8-bit integer weights.
+    """Whether a stored zero is a weight that is zero: with floating-point, complex, 8-bit integer and boolean ones.
 
     The bytes and larger integers of other quantisations hold several weights each, in codes of their own.
     """
-    packed = getattr(torch, "float4_e2m1fn_x2", None)
-    return dtype != packed and (dtype.is_floating_point or dtype.is_complex or dtype == torch.int8)
+    return dtype != _TWO_IN_A_BYTE and (
+        dtype.is_floating_point or dtype.is_complex or dtype in (torch.int8, torch.bool)
+    )
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -81,9 +85,9 @@ def sum_over_shards(values: Tensor, sharding: Any) -> Tensor:
 
 
 def _comparable(tensor: Tensor) -> Tensor:
-    """Return a tensor as one that torch can compare, with zeros where it has them; of packed weights, an empty one."""
-    if not countable(tensor.dtype):
-        return tensor.new_empty(0, dtype=torch.uint8)
+    """Return a tensor as one that torch can compare, with zeros where it has them."""
+    if tensor.dtype == _TWO_IN_A_BYTE:
+        return tensor.view(torch.uint8)
     if tensor.is_complex():
         return tensor.abs()
     return tensor.half() if tensor.element_size() == 1 else tensor

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sparsity import local_tensor
+from .exemptions import exempt, warn_of_vectors
 from .hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, check_hyperparameters, check_not_all_zeros
 from .padam import PAdam, unwrap
 from .update import FLUSH_THRESHOLD, Form, Scalars, inverse_factor, prepare
@@ -55,8 +56,8 @@ def add_pnorm_decay(
         p_norm: See `PAdam`.
         lambda_p: See `PAdam`.
         params: The parameters that decay; with their names, such as ``decayed_parameters(model)``, errors name them.
-            Without it all do, biases, norms and embeddings too. Groups that hold others too are divided in two; others
-            get ``lambda_p=0``.
+            Without it all do, biases, norms and embeddings too, but for groups with ``weight_decay=0`` beside one that
+            has some. Groups that hold others too are divided in two; others get ``lambda_p=0``.
 
     Raises:
         TypeError: If `optimizer` is no torch optimizer.
@@ -90,9 +91,15 @@ def add_pnorm_decay(
                 f"{len(foreign)} of the {len(pairs)} parameters in params ({foreign[0]}, ...) are not in this {kind}: "
                 "give it the parameters to decay too, and add the decay before they are wrapped or sharded"
             )
-    divided = [part for group in inner.param_groups for part in _divide(group, names, p_norm, lambda_p)]
+    spared = exempt(inner.param_groups, 0.0) if params is None else [False] * len(inner.param_groups)
+    divided = [
+        part
+        for group, spare in zip(inner.param_groups, spared, strict=True)
+        for part in _divide(group, names, p_norm, 0.0 if spare else lambda_p)
+    ]
     for group in divided:
         _check_group(group, kind, names or {})
+    warn_of_vectors(divided)
     inner.param_groups[:] = divided
     _PNormDecay(inner, p_norm, lambda_p if params is None else 0.0)
     _attached.add(inner)

@@ -20,11 +20,10 @@ def exempt(groups: list[dict[str, Any]], weight_decay: float) -> list[bool]:
         groups: Of one optimizer.
         weight_decay: What counts where a group does not give it.
     """
-    strengths = [float(group.get("weight_decay", weight_decay)) for group in groups]
-    return [
-        max(strengths) > 0 and strength == 0 and "lambda_p" not in group
-        for group, strength in zip(groups, strengths, strict=True)
-    ]
+    given = [group.get("weight_decay", weight_decay) for group in groups]
+    numbers = [value if isinstance(value, int | float | Tensor) else 0 for value in given]  # checked elsewhere
+    some = any(number > 0 for number in numbers)
+    return [some and value == 0 and "lambda_p" not in group for group, value in zip(groups, given, strict=True)]
 
 
 def with_exemptions(params: Iterable[Any], weight_decay: float) -> Iterable[Any]:
@@ -49,8 +48,8 @@ def warn_of_vectors(groups: Iterable[dict[str, Any]]) -> None:
     vectors = [name for name, param in decaying if param.dim() == 1 and not _is_shard(param)]
     if vectors and len(vectors) < len(decaying):
         logger.warning(
-            "A p-norm decay with p < 2 acts on %d tensors of one dimension, as biases and norms are: %s. Many of their "
-            "weights will become zero. To leave them out, put them in a parameter group with lambda_p=0, as "
+            "A p-norm decay with p < 2 acts on %d tensors of one dimension, as biases and norms are: %s. Many of "
+            "their weights will become zero. To leave them out, put them in a parameter group with lambda_p=0, as "
             "hf_padam.get_param_groups(model) does, which also leaves out embeddings.",
             len(vectors),
             ", ".join(vectors[:5]) + (", ..." if len(vectors) > 5 else ""),
