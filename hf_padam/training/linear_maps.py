@@ -17,7 +17,7 @@ _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weig
 """The matrices that `nn.MultiheadAttention` holds itself."""
 _NUMBER_OF_EXPERTS = re.compile(r"(\w+_)?(n|num)_(\w+_)?experts")
 _GATE = re.compile(r"(\w*(moe|expert)\w*_)?(gate|gating|wg)")
-_NORM = re.compile(r"norm(gated)?(\dd)?$", re.IGNORECASE)  # how its class name ends
+_NORM = re.compile(r"rms_?norm(gated)?$", re.IGNORECASE)  # how its class name ends; others hold whole layers, too
 _NOT_A_MATRIX = re.compile(r"bias|scale", re.IGNORECASE)  # of an expert; the scales are those of quantised matrices
 
 
@@ -32,8 +32,8 @@ def linear_matrices(model: nn.Module) -> set[int]:
       modules that are called experts or MoE, or for as many experts as they, or what holds them, say they have.
 
     But not routers: what is called a router, and beside experts what is called a gate (of shared experts, too), or
-    else is linear with an output per expert. Nor linear maps that are part of a norm, whose gain they make. Parameters
-    that other modules hold are none, as far as can be known: convolutions, positions and class tokens, states of
+    else is linear with an output per expert. Nor linear maps that make the gain of an RMS norm. Parameters that
+    other modules hold are none, as far as can be known: convolutions, positions and class tokens, states of
     state-space and recurrent layers, sinks, coefficients.
 
     Embeddings are not among them unless their module is linear, output heads and PEFT's `lora_A` are.
