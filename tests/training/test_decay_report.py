@@ -11,6 +11,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments, WeightSparsity, decayed_parameters, get_param_groups
+from hf_padam.resuming.checkpoints import CheckpointError
+from hf_padam.resuming.settings import check_decayed
 
 
 def options(tmp_path, **more) -> dict:
@@ -150,3 +152,8 @@ def test_packed_weights_are_not_counted_by_the_byte():
     model[0].weight = nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
     summary = WeightSparsity().compute(model=model)
     assert summary == {"sparsity": 0.0, "sparsity_total": None, "decayed_parameters": 64, "total_parameters": None}
+
+
+def test_resuming_a_run_that_decayed_other_weights_says_so_and_why_that_may_be():
+    with pytest.raises(CheckpointError, match="decayed other weights.*decay_embeddings.*earlier version of hf_padam"):
+        check_decayed("checkpoint-10", "20 weights (hash of their names: a)", "14 weights (hash of their names: b)")
