@@ -16,6 +16,7 @@ from .optim.target_sparsity import TargetSparsity
 from .training import arguments, registration
 from .training.arguments import PAdamTrainingArguments
 from .training.callbacks import PNormScheduleCallback, TargetSparsityCallback
+from .training.decay_report import describe_decay
 from .training.metrics import Perplexity, WeightSparsity, sequence_nll
 from .training.options import PAdamOptions
 from .training.param_groups import decayed_parameters, get_param_groups
@@ -38,6 +39,7 @@ __all__ = [
     "compress",
     "decayed_parameters",
     "decompress",
+    "describe_decay",
     "get_param_groups",
     "p_norm_at",
     "save_compressed",

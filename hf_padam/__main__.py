@@ -98,6 +98,10 @@ def _sparsity(args: argparse.Namespace) -> str:
 def _run(parser: argparse.ArgumentParser, script: str, arguments: list[str], is_module: bool) -> None:
     """Execute a script or module as ``__main__``. Importing this package has registered the name already."""
     register_in_children()
+    from .training.announcement import DecayAnnouncement
+    from .training.registration import add_callback_to_every_trainer
+
+    add_callback_to_every_trainer(DecayAnnouncement)
     if not is_module and not os.path.isfile(script):
         parser.error(f"{script!r} is not a file. Give the path of a Python script, or -m and the name of a module.")
     sys.argv = [script, *arguments]

@@ -16,6 +16,9 @@ NEAR_ZERO = 1e-8
 """Default threshold below which the magnitude of a non-zero weight counts as near zero."""
 
 
+_TWO_IN_A_BYTE = getattr(torch, "float4_e2m1fn_x2", None)
+
+
 @dataclass(frozen=True)
 class TensorCount:
     """What was counted in one tensor."""
@@ -25,11 +28,22 @@ class TensorCount:
     zeros: int  # exactly zero
     near_zeros: int | None  # not zero, but smaller in magnitude than the threshold; None where not asked for
     decayed: bool  # whether the p-norm decay acts on it
+    known: bool = True  # whether `elements` and `zeros` are of weights: not so where these are packed
 
     @property
     def sparsity(self) -> float:
         """Share of exact zeros, 0 to 1."""
         return self.zeros / self.elements if self.elements else 0.0
+
+
+def countable(dtype: torch.dtype) -> bool:
+    """Whether a stored zero is a weight that is zero: with floating-point, complex, 8-bit integer and boolean ones.
+
+    The bytes and larger integers of other quantisations hold several weights each, in codes of their own.
+    """
+    return dtype != _TWO_IN_A_BYTE and (
+        dtype.is_floating_point or dtype.is_complex or dtype in (torch.int8, torch.bool)
+    )
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -78,6 +92,15 @@ def sum_over_shards(values: Tensor, sharding: Any) -> Tensor:
     return DTensor.from_local(values, mesh, partial).full_tensor()
 
 
+def _comparable(tensor: Tensor) -> Tensor:
+    """Return a tensor as one that torch can compare, with zeros where it has them."""
+    if tensor.dtype == _TWO_IN_A_BYTE:
+        return tensor.view(torch.uint8)
+    if tensor.is_complex():
+        return tensor.abs()
+    return tensor.half() if tensor.element_size() == 1 else tensor
+
+
 def _count_zeros(tensor: Tensor) -> Tensor:
     """Count the zeros of a local tensor, of either sign."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
@@ -105,9 +128,10 @@ def count_zeros(
     elements: defaultdict[tuple, list[int]] = defaultdict(list)
     for name, tensor in tensors.items():
         local, sharding = local_shard(tensor)
-        counts = [_count_zeros(local)]
+        comparable = _comparable(local)
+        counts = [_count_zeros(comparable)]
         if near_zero is not None:
-            counts.append(torch.count_nonzero(local.abs() < near_zero) - counts[0])
+            counts.append(torch.count_nonzero(comparable.abs() < near_zero) - counts[0])
         batches[local.device, sharding][name] = counts
         elements[local.device, sharding].append(local.numel())
     values: dict[str, list[int]] = {}
@@ -126,8 +150,9 @@ def count_zeros(
             zeros=values[name][1],
             near_zeros=values[name][2] if near_zero is not None else None,
             decayed=name in decayed,
+            known=countable(tensor.dtype),
         )
-        for name in tensors
+        for name, tensor in tensors.items()
     ]
 
 
@@ -138,14 +163,20 @@ def count_model_zeros(
     return count_zeros(dict(model.named_parameters()), decayed, near_zero)
 
 
-def summarize(counts: Iterable[TensorCount]) -> dict[str, float | int]:
-    """Reduce counts to the two shares of exact zeros, over the decayed weights and over all, and their sizes."""
+def summarize(counts: Iterable[TensorCount]) -> dict[str, float | int | None]:
+    """Reduce counts to the two shares of exact zeros, over the decayed weights and over all, and their sizes.
+
+    What is not known is None: the share of the decayed weights where there are none, and both where weights of theirs
+    are packed, so that neither zeros nor weights can be counted.
+    """
     counts = list(counts)
-    decayed = [c for c in counts if c.decayed]
-    decayed_parameters, total_parameters = sum(c.elements for c in decayed), sum(c.elements for c in counts)
-    return {
-        "sparsity": sum(c.zeros for c in decayed) / decayed_parameters if decayed_parameters else 0.0,
-        "sparsity_total": sum(c.zeros for c in counts) / total_parameters if total_parameters else 0.0,
-        "decayed_parameters": decayed_parameters,
-        "total_parameters": total_parameters,
-    }
+    summary: dict[str, float | int | None] = {}
+    for part, share, size in (
+        ([c for c in counts if c.decayed], "sparsity", "decayed_parameters"),
+        (counts, "sparsity_total", "total_parameters"),
+    ):
+        known = all(c.known for c in part)
+        elements = sum(c.elements for c in part)
+        summary[share] = sum(c.zeros for c in part) / elements if known and elements else None
+        summary[size] = elements if known else None
+    return {key: summary[key] for key in ("sparsity", "sparsity_total", "decayed_parameters", "total_parameters")}

@@ -60,9 +60,9 @@ class Compressed:
         zeros = self.report.totals["sparsity_total"]
         lines = [
             f"{self.directory}: {self.bytes / 1e6:,.1f} MB, {self.bytes / self.dense_bytes:.1%} of the dense "
-            f"{self.dense_bytes / 1e6:,.1f} MB; {zeros:.1%} of all weights are zero."
+            f"{self.dense_bytes / 1e6:,.1f} MB" + ("." if zeros is None else f"; {zeros:.1%} of all weights are zero.")
         ]
-        if zeros < _FEW_ZEROS:
+        if zeros is not None and zeros < _FEW_ZEROS:
             lines.append(
                 "Note: few of its weights are zero, so compression gains little: what it gains is that exponents of "
                 'floats repeat. Fine-tune with optim="padam" for zeros.'

@@ -35,17 +35,26 @@ def add_sparsity(card: Path, report: SparsityReport, dense_bytes: int, compresse
         compressed_bytes: Of the compressed ones.
     """
     text = _read(card) if card.is_file() else _HEAD
-    totals = report.totals
-    sizes = (
-        f"{compressed_bytes / 1e6:,.1f} MB instead of {dense_bytes / 1e6:,.1f} MB. Zeros: {totals['sparsity']:.2%} of "
-        f"the {totals['decayed_parameters']:,} decayed weights, {totals['sparsity_total']:.2%} of all "
-        f"{totals['total_parameters']:,}.\n\n"
-    )
+    sizes = f"{compressed_bytes / 1e6:,.1f} MB instead of {dense_bytes / 1e6:,.1f} MB. {_zeros(report)}\n\n"
     heading, *rows = report.table()
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
     table = "".join(f"| {' | '.join(row)} |\n" for row in lines)
     section = f"{_START}{_LOADING}{sizes}{table}{_END}"
     _write(card, _without_section(text) + section)
+
+
+def _zeros(report: SparsityReport) -> str:
+    totals = report.totals
+    parts = [
+        f"{totals[share]:.2%} of {what}"
+        for share, what in (
+            ("sparsity", f"the {totals['decayed_parameters'] or 0:,} decayed weights"),
+            ("sparsity_total", f"all {totals['total_parameters'] or 0:,}"),
+        )
+        if totals[share] is not None
+    ]
+    known = f"Zeros: {', '.join(parts)}." if parts else "How many of its weights are zero is not known."
+    return known if report.decayed_known else f"{known} ({report.decayed_by}.)"
 
 
 def remove_sparsity(card: Path) -> None:

@@ -1,4 +1,4 @@
-"""The sparsity of a checkpoint, layer by layer, read from its files: the model is never built.
+"""The sparsity of a checkpoint, layer by layer, read from its files: the model is built without weights only.
 
 Each weight tensor is a row: its zeros, its near-zeros, and how many of its N:M blocks hold (2:4 by default: of four
 weights that follow one another along the input, two at least are zero), which is what sparse tensor cores need.
@@ -15,21 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 
 from ..files import staged
-from ..sparsity import NEAR_ZERO, TensorCount, count_zeros, summarize
-from ..training.param_groups import decayed_parameters
+from ..sparsity import NEAR_ZERO, TensorCount, count_zeros, countable, summarize
+from .decayed_on_disk import DecayedOnDisk
 from .model_directory import ModelDirectory, torch_dtype
 from .packing import TensorInfo
 from .parallel import in_order
 
-_NOT_DECAYED = re.compile(r"embed|wte|wpe|lm_head|norm|(^|[._])ln_?(\d|f|[._])|bias|adapter|lora", re.IGNORECASE)
 _PART = 1 << 20  # bytes that are counted at a time
 
 
@@ -42,6 +36,7 @@ class LayerSparsity:
     shape: tuple[int, ...]
     blocks: int  # N:M blocks; 0 where the tensor is no matrix, or M does not divide its input
     holding: int  # of which so many hold
+    is_parameter: bool  # whether the model counts it: not so buffers and copies of tied weights
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,8 @@ class SparsityReport:
     rows: list[LayerSparsity]
     pattern: tuple[int, int]  # N, M
     near_zero: float | None  # None where near-zeros were not counted
-    decayed_by: str  # how the decayed weights were told from the others
+    decayed_by: str  # how the decayed weights were told from the others, or why they were not
+    decayed_known: bool  # whether they were
 
     @classmethod
     def of(
@@ -68,14 +64,13 @@ class SparsityReport:
         Raises:
             CompressionError: If a file is damaged.
         """
-        names = [stored.info.name for stored in model.stored]
-        decayed, along_rows, decayed_by = _decayed(model, names)
+        on_disk = DecayedOnDisk.of(model)
 
         def jobs() -> Iterator[tuple[Any, ...]]:
             for stored in model.stored:
                 info, read = model.reader(stored)
                 for start, size in _parts(info, pattern[1]):
-                    yield info, read, start, size, info.name in along_rows, pattern, near_zero
+                    yield info, read, start, size, info.name in on_disk.along_rows, pattern, near_zero
 
         counted = in_order(_count_part, jobs())
         rows = []
@@ -85,19 +80,26 @@ class SparsityReport:
             for _ in _parts(info, pattern[1]):
                 sums = [total + part for total, part in zip(sums, next(counted), strict=True)]
             zeros, near_zeros, blocks, holding = sums
-            is_decayed = info.name in decayed if decayed else _looks_decayed(info)
             near = near_zeros if near_zero is not None else None
-            count = TensorCount(info.name, info.elements, zeros, near, is_decayed)
-            rows.append(LayerSparsity(count, info.dtype, info.shape, blocks, holding))
-        return cls(str(model.path), rows, pattern, near_zero, decayed_by)
+            is_decayed = info.name in (on_disk.decayed or ())
+            known = countable(torch_dtype(info))
+            count = TensorCount(info.name, info.elements, zeros, near, is_decayed, known)
+            is_parameter = info.name in on_disk.parameters
+            rows.append(LayerSparsity(count, info.dtype, info.shape, blocks, holding, is_parameter))
+        return cls(str(model.path), rows, pattern, near_zero, on_disk.source, on_disk.decayed is not None)
 
     @property
-    def totals(self) -> dict[str, float | int]:
-        """The shares of zeros and sizes of `summarize`, and the share of the decayed weights' blocks that hold."""
+    def totals(self) -> dict[str, float | int | None]:
+        """The shares of zeros and sizes of `summarize`, and the share of the decayed weights' blocks that hold.
+
+        They are those of the model in memory. Where it is not known which weights decay, what is said of these is
+        None, and the others are of all that is stored.
+        """
         decayed = [row for row in self.rows if row.count.decayed]
         blocks = sum(row.blocks for row in decayed)
-        share = sum(row.holding for row in decayed) / blocks if blocks else 0.0
-        return summarize(row.count for row in self.rows) | {f"{self._pattern}_blocks": share}
+        share = sum(row.holding for row in decayed) / blocks if blocks else None
+        totals = summarize(row.count for row in self.rows if row.is_parameter) | {f"{self._pattern}_blocks": share}
+        return totals if self.decayed_known else totals | {"decayed_parameters": None}
 
     @property
     def _pattern(self) -> str:
@@ -110,11 +112,11 @@ class SparsityReport:
                 "name": row.count.name,
                 "dtype": row.dtype,
                 "shape": row.shape,
-                "decayed": row.count.decayed,
+                "decayed": row.count.decayed if self.decayed_known else None,
                 "elements": row.count.elements,
                 "zeros": row.count.zeros,
                 "near_zeros": row.count.near_zeros,
-                "sparsity": row.count.sparsity,
+                "sparsity": row.count.sparsity if row.count.known else None,
                 f"{self._pattern}_blocks": row.holding / row.blocks if row.blocks else None,
             }
             for row in self.rows
@@ -123,20 +125,23 @@ class SparsityReport:
         return json.dumps(head | {"tensors": rows}, indent=1) + "\n"
 
     def table(self) -> list[list[str]]:
-        """Return a heading, a row per decayed weight (per matrix where there are none), and two rows of totals."""
-        shown = [row for row in self.rows if row.count.decayed] or [row for row in self.rows if len(row.shape) > 1]
-        table = [["weight", "shape", "zeros", f"below {self.near_zero or 0:g}", f"{self._pattern} blocks"]]
-        totals = self.totals
+        """Return a heading, a row per decayed weight (per matrix where there are none), and one or two of totals."""
         decayed = [row for row in self.rows if row.count.decayed]
-        for title, size, rows, share in [
-            *((row.count.name, " x ".join(map(str, row.shape)), [row], row.count.sparsity) for row in shown),
-            ("decayed weights", "", decayed, totals["sparsity"]),
-            ("whole model", "", self.rows, totals["sparsity_total"]),
+        shown = decayed or [row for row in self.rows if len(row.shape) > 1]
+        table = [["weight", "shape", "zeros", f"below {self.near_zero or 0:g}", f"{self._pattern} blocks"]]
+        totals = [("whole model", "", [row for row in self.rows if row.is_parameter])]
+        if self.decayed_known:
+            totals.insert(0, ("decayed weights", "", decayed))
+        for title, size, rows in [
+            *((row.count.name, " x ".join(map(str, row.shape)), [row]) for row in shown),
+            *totals,
         ]:
             elements, blocks = sum(row.count.elements for row in rows), sum(row.blocks for row in rows)
-            near = sum(row.count.near_zeros or 0 for row in rows) / max(elements, 1)
+            known = all(row.count.known for row in rows) and elements > 0
+            zeros = f"{sum(row.count.zeros for row in rows) / elements:.2%}" if known else "-"
+            near = f"{sum(row.count.near_zeros or 0 for row in rows) / elements:.2%}" if known else "-"
             holding = f"{sum(row.holding for row in rows) / blocks:.1%}" if blocks else "-"
-            table.append([title, size or f"{elements:,}", f"{share:.2%}", f"{near:.2%}", holding])
+            table.append([title, size or f"{elements:,}", zeros, near, holding])
         if self.near_zero is None:
             table = [[*cells[:3], cells[4]] for cells in table]
         return table
@@ -149,7 +154,8 @@ class SparsityReport:
             for cells in (list(zip(row, widths, strict=True)) for row in table)
         ]
         rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], f"({self.decayed_by})"])
+        totals = -2 if self.decayed_known else -1
+        return "\n".join([lines[0], rule, *lines[1:totals], rule, *lines[totals:], f"({self.decayed_by})"])
 
     def draw(self, path: str | Path) -> None:
         """Draw the share of zeros of every decayed weight, in the checkpoint's order; the suffix decides the format.
@@ -216,49 +222,3 @@ def _count_part(
             total = sum(positions[1:], positions[0].clone())
         blocks, holding = total.numel(), int(torch.count_nonzero(total >= n))
     return count.zeros, count.near_zeros or 0, blocks, holding
-
-
-def _decayed(model: ModelDirectory, names: list[str]) -> tuple[set[str], set[str], str]:
-    """Return the names of the decayed tensors and of the matrices whose input is their rows, and how they were found.
-
-    The config's model class is built without weights to ask it; the first set is empty where that cannot be.
-    """
-    try:
-        skeleton = _skeleton(model)
-    except Exception as error:  # an unknown class, or code of its own that is not run here
-        return set(), set(), f"decayed: guessed from names and shapes, for want of the model's class ({error})"
-    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
-
-    def aliases(name: str) -> set[str]:
-        return {name, prefix + name, name.removeprefix(prefix)}
-
-    decayed = {alias for name in decayed_parameters(skeleton) for alias in aliases(name)}
-    conv1d = [f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, Conv1D)]
-    along_rows = {alias for name in conv1d for alias in aliases(name)}
-    found = decayed & set(names)
-    if not found:
-        return set(), along_rows, "decayed: guessed from names and shapes, which the model's class has others for"
-    return found, along_rows & set(names), f"decayed: what decays by default in {type(skeleton).__name__}"
-
-
-def _skeleton(model: ModelDirectory) -> nn.Module:
-    if not model.config:
-        raise ValueError("no config.json")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        config: Any = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        named = getattr(transformers, (config.architectures or [""])[0], None)
-        with torch.device("meta"):
-            if named is not None:
-                return named(config)
-            automatic = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
-            return automatic.from_config(config)
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _looks_decayed(info: TensorInfo) -> bool:
-    return len(info.shape) > 1 and not _NOT_DECAYED.search(info.name)

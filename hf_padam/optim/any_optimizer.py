@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sparsity import local_tensor
+from .exemptions import exempt, warn_of_vectors
 from .hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, check_hyperparameters, check_not_all_zeros, named
 from .importance import SCALE, update_scale
 from .padam import PAdam, unwrap
@@ -59,8 +60,8 @@ def add_pnorm_decay(
         lambda_p: See `PAdam`.
         importance: See `PAdam`; "fisher" is for optimizers that keep `exp_avg_sq`, AdamW and its relatives.
         params: The parameters that decay; with their names, such as ``decayed_parameters(model)``, errors name them.
-            Without it all do, biases, norms and embeddings too. Groups that hold others too are divided in two; others
-            get ``lambda_p=0``.
+            Without it all do, biases, norms and embeddings too, but for groups with ``weight_decay=0`` beside one that
+            has some. Groups that hold others too are divided in two; others get ``lambda_p=0``.
 
     Raises:
         TypeError: If `optimizer` is no torch optimizer.
@@ -97,9 +98,15 @@ def add_pnorm_decay(
             )
     if importance == "fisher" and _keeps_second_moments(inner) is False:
         raise ValueError(_NO_SECOND_MOMENTS.format(kind))
-    divided = [part for group in inner.param_groups for part in _divide(group, names, p_norm, lambda_p, importance)]
+    spared = exempt(inner.param_groups, 0.0) if params is None else [False] * len(inner.param_groups)
+    divided = [
+        part
+        for group, spare in zip(inner.param_groups, spared, strict=True)
+        for part in _divide(group, names, p_norm, 0.0 if spare else lambda_p, importance)
+    ]
     for group in divided:
         _check_group(group, kind, names or {})
+    warn_of_vectors(divided)
     inner.param_groups[:] = divided
     _PNormDecay(inner, p_norm, lambda_p if params is None else 0.0, importance)
     _attached.add(inner)

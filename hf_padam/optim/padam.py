@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ..sparsity import local_tensor, shard_coordinate
 from . import backends
+from .exemptions import warn_of_vectors, with_exemptions
 from .hyperparameters import (
     DEFAULT_LAMBDA_P,
     DEFAULT_P_NORM,
@@ -53,7 +54,9 @@ class PAdam(Optimizer):
     The code that the paper's authors released multiplies its lambda by p: ``lambda_p`` here is ``p`` times theirs.
 
     Args:
-        params: Parameters, named parameters, or groups of either. Every hyperparameter can be set per group.
+        params: Parameters, named parameters, or groups of either. Every hyperparameter can be set per group. A group
+            with ``weight_decay=0`` beside one that has some is exempt from decay: it gets ``lambda_p=0``, unless it
+            gives one.
         lr: Learning rate, at least 0.
         betas: Decay rates of the two moment estimates, each in [0, 1).
         eps: Added to the root of the second moment; positive.
@@ -118,8 +121,9 @@ class PAdam(Optimizer):
         defaults |= dict(importance=importance, late_decay=late_decay, s_rate=s_rate)
         defaults |= dict(bf16_stochastic_round=bf16_stochastic_round, rounding_seed=rounding_seed)
         check_hyperparameters(defaults)
-        super().__init__(params, defaults)
+        super().__init__(with_exemptions(params, weight_decay), defaults)
         self._built = True
+        warn_of_vectors(self.param_groups)
         if check_zero_start:
             self.check_zero_start()
         rounded = [p for group in self.param_groups if group["bf16_stochastic_round"] for p in group["params"]]

@@ -11,6 +11,7 @@ from ..optim.padam import PAdam, unwrap
 from ..optim.schedules import DEFAULT_SHARE, check_schedule, set_p_norm
 from ..optim.schedules import DEFAULT_START as DEFAULT_SCHEDULE_START
 from ..optim.target_sparsity import DEFAULT_END, DEFAULT_START, TargetSparsity, check_plan, steering_of
+from .decay_report import warn_of_strangers
 from .lost_updates import warn_of_lost_updates
 from .options import options_of
 
@@ -71,7 +72,7 @@ class CallbackFromGroups(TargetSparsityCallback):
     """The callback as every Trainer has it: it acts if the optimizer's groups hold a `target_sparsity`.
 
     It also writes the logs of every steered optimizer, for it comes before the callbacks that report them; and warns
-    of updates that the rounding of bf16 weights would lose.
+    of updates that the rounding of bf16 weights would lose, and of parameters that decay and are not meant to.
     """
 
     def __init__(self) -> None:
@@ -87,6 +88,8 @@ class CallbackFromGroups(TargetSparsityCallback):
         groups = getattr(optimizer, "param_groups", [])
         if state.is_world_process_zero:
             warn_of_lost_updates(groups)
+            if "model" in kwargs:
+                warn_of_strangers(kwargs["model"], optimizer)
         plans = [group for group in groups if group.get("target_sparsity") is not None]
         self._steering = None
         if plans:

@@ -110,7 +110,8 @@ class WeightSparsity(evaluate.Measurement):
 
     ``compute(model=model, decayed=names)`` counts a model's; ``compute(data=rows)`` reduces rows of counts, each with
     ``elements``, ``zeros`` and ``decayed``. Both return ``sparsity`` (decayed weights), ``sparsity_total`` (all),
-    ``decayed_parameters`` and ``total_parameters``.
+    ``decayed_parameters`` and ``total_parameters``. A share is None where nothing decays, or where weights are packed
+    (4-bit quantisation) and cannot be counted.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -132,7 +133,7 @@ class WeightSparsity(evaluate.Measurement):
 
     def compute(
         self, *, model: nn.Module | None = None, decayed: Collection[str] | None = None, **kwargs: Any
-    ) -> dict[str, float | int]:
+    ) -> dict[str, float | int | None]:
         """Count a model's zeros, or reduce counts given as `data`.
 
         Args:
@@ -144,5 +145,5 @@ class WeightSparsity(evaluate.Measurement):
             return summarize(count_model_zeros(model, decayed_parameters(model) if decayed is None else decayed))
         return super().compute(**kwargs)
 
-    def _compute(self, data: list[dict[str, Any]]) -> dict[str, float | int]:
+    def _compute(self, data: list[dict[str, Any]]) -> dict[str, float | int | None]:
         return summarize(TensorCount(**row, near_zeros=None) for row in data)

@@ -1,23 +1,22 @@
-"""Which weights decay: Hugging Face's decay list, minus embeddings and output head, minus PEFT adapters.
+"""Which weights decay: the matrices of linear maps and of experts, without embeddings, output head and PEFT adapters.
 
-This is the convention of the pruning literature for language models. Weights are told apart by name and identity,
-never by their number of dimensions, which sharding changes; a tied weight is one weight.
+This is the convention of the pruning literature for language models. Weights are told apart by the modules that own
+them, by role and by identity (see `linear_maps.py`); a tied weight is one weight.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import Trainer
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 from transformers.trainer_utils import check_target_module_exists
 
 from ..optim.hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM
 from ..optim.patterns import INPUT_DIM, PATTERN, pattern_share
 from ..optim.schedules import FINAL
+from .linear_maps import adapter_weights, embedding_weights, linear_matrices, tables
 
 
 def decayed_parameters(
@@ -30,12 +29,20 @@ def decayed_parameters(
 ) -> dict[str, nn.Parameter]:
     """Return the trainable weights that the p-norm decay acts on, by name, each tensor once. There may be none.
 
+    They are the matrices of linear maps and nothing else (`linear_matrices` says which these are): no biases, norms,
+    convolutions, positions, routers, states of state-space layers, attention sinks, nor anything of one dimension.
+    Embeddings and the output head, and what is tied to them, are left out too, unless `decay_embeddings`.
+
+    Single weights, rows or columns that start at zero stay zero and are no error; a matrix that is zero as a whole is
+    one, which `PAdam` raises.
+
     Args:
         model: Any module; a Transformers model for its embeddings to be recognised by role rather than by class.
-        decay_embeddings: Include embeddings and output head.
-        target_modules: Narrow the choice to modules of these names: "all-linear", a regular expression that matches
-            whole module names, or a list of parts of names and regular expressions; the meaning that
-            `TrainingArguments.optim_target_modules` has elsewhere. PEFT adapters are included only if named here.
+        decay_embeddings: Include embeddings (`nn.Embedding`, of positions too) and the output head.
+        target_modules: Narrow the choice to modules of these names: "all-linear" (all with matrices of linear maps or
+            of experts), a regular expression that matches whole module names, or a list of parts of names and regular
+            expressions; the meaning that `TrainingArguments.optim_target_modules` has elsewhere. PEFT adapters are
+            included only if named here.
         dense_modules: Leave modules of these names out; said in the same way.
         target_sparsity: If a mapping from names of modules (what a list can hold) to shares, leave out modules of
             other names, unless there is an entry "*" for them. A weight belongs to the first entry that matches it;
@@ -53,16 +60,19 @@ def decayed_parameters(
         )
     targets = _Targets(model, target_modules, "optim_target_modules")
     dense = _Targets(model, dense_modules, "dense_modules") if dense_modules is not None else None
-    listed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-    embeddings = set() if decay_embeddings else {id(p) for p in _embedding_weights(model)}
-    adapters = set() if targets.names_adapters else {id(p) for p in _adapter_weights(model)}
+    chosen = linear_matrices(model)
+    embeddings, adapters = list(embedding_weights(model)), list(adapter_weights(model))
+    chosen -= {id(param) for param in (*embeddings, *adapters)}
+    if decay_embeddings:
+        chosen |= tables(model, embeddings)
+    if targets.names_adapters:
+        chosen |= tables(model, adapters)
     decayed = {
         name: param
         for name, param in model.named_parameters()
         if param.requires_grad
-        and name in listed
-        and id(param) not in embeddings
-        and id(param) not in adapters
+        and id(param) in chosen
+        and param.is_floating_point()
         and targets.include(name)
         and not (dense and dense.include(name))
     }
@@ -204,12 +214,12 @@ class _Targets:
 
     def __init__(self, model: nn.Module, target_modules: str | list[str] | None, option: str) -> None:
         modules = dict(model.named_modules())
-        self.all_linear = isinstance(target_modules, str) and target_modules.replace("_", "-") == "all-linear"
         self.names_adapters = False
         if target_modules is None:
             self.owners = set(modules)
-        elif self.all_linear:
-            self.owners = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+        elif isinstance(target_modules, str) and target_modules.replace("_", "-") == "all-linear":
+            linear = linear_matrices(model)
+            self.owners = {name.rpartition(".")[0] for name, param in model.named_parameters() if id(param) in linear}
         else:
             entries = [target_modules] if isinstance(target_modules, str) else list(target_modules)
             self.owners = set()
@@ -227,7 +237,7 @@ class _Targets:
                         'expression for whole names (or "all-linear").'
                     )
                 self.owners |= matched
-            adapters = {id(p) for p in _adapter_weights(model)}
+            adapters = {id(p) for p in adapter_weights(model)}
             self.names_adapters = any(
                 id(p) in adapters for name in self.owners for p in modules[name].parameters(recurse=False)
             )
@@ -244,29 +254,6 @@ def _examples(modules: dict[str, nn.Module]) -> list[str]:
     return list(last.values())[:8]
 
 
-def _embedding_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the weights of embeddings and of the output head; tied ones more than once."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            yield from module.parameters(recurse=False)
-        for role in ("get_input_embeddings", "get_output_embeddings"):
-            try:
-                embedding = getattr(module, role)()
-            except (AttributeError, NotImplementedError):  # not a Transformers model, or one without that role
-                continue
-            if isinstance(embedding, nn.Module):
-                yield from embedding.parameters()
-
-
-def _adapter_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the weights that PEFT added: those held under a tuner layer's `adapter_layer_names`."""
-    for module in model.modules():
-        for name in getattr(module, "adapter_layer_names", ()):
-            held = getattr(module, name, None)
-            if isinstance(held, nn.Module):
-                yield from held.parameters()
-
-
 def _nothing_left(
     model: nn.Module, target_modules: str | list[str] | None, dense_modules: str | list[str] | None
 ) -> str:
@@ -279,12 +266,15 @@ def _nothing_left(
         return message + f"dense_modules={dense_modules!r} leaves out all others. Name fewer"
     if target_modules is not None:
         return message + (
-            f"optim_target_modules={target_modules!r} matches only frozen weights, biases, norms, embeddings "
-            "or adapters. Name modules with trainable weight matrices, or set decay_embeddings=true"
+            f"optim_target_modules={target_modules!r} matches only frozen weights, biases, norms, embeddings, "
+            "adapters and the like. Name modules with trainable weight matrices, or set decay_embeddings=true"
         )
-    if any(True for _ in _adapter_weights(model)):
+    if any(True for _ in adapter_weights(model)):
         return message + (
             "PEFT adapters are left out, and the base model is frozen. A sparse base model needs full fine-tuning; to "
             'make the adapters sparse, name them in optim_target_modules (target_modules here), e.g. ["lora_A"]'
         )
-    return message + "they are biases, norms, embeddings or the head. Unfreeze weights, or set decay_embeddings=true"
+    return message + (
+        "they are biases, norms, embeddings, the head or others that are no matrices of linear maps. Unfreeze such "
+        "matrices, or set decay_embeddings=true"
+    )

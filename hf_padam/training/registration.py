@@ -24,6 +24,7 @@ import transformers
 from aenum import extend_enum
 from packaging.version import Version
 from torch import nn
+from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..optim.eight_bit import S_REFUSAL, PAdam8bit, check_installed
@@ -160,10 +161,17 @@ def register() -> None:
         elif trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)].__module__ != __name__:
             raise ImportError(f"transformers {version} or another package already has an optimizer named {name!r}.")
         trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)] = _handler
-    if CallbackFromGroups not in trainer.DEFAULT_CALLBACKS:
-        trainer.DEFAULT_CALLBACKS.append(CallbackFromGroups)  # type: ignore[arg-type]
+    add_callback_to_every_trainer(CallbackFromGroups)
     trainer._parse_optim_args = _lenient(trainer._parse_optim_args)  # type: ignore[assignment]
     OptimizerNames.__reduce_ex__ = _reduce  # type: ignore[assignment,method-assign]
+
+
+def add_callback_to_every_trainer(callback: type[TrainerCallback]) -> None:
+    """Give every Trainer that is made from now on a callback, once."""
+    from transformers import trainer
+
+    if callback not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(callback)  # type: ignore[arg-type]
 
 
 def optimizer_name(value: str) -> OptimizerNames:

@@ -16,15 +16,15 @@ from transformers.training_args import OptimizerNames
 
 from ..optim.schedules import scheduled_p_norm
 from ..resuming.settings import check_added_decay, check_decayed
+from .announcement import DecayAnnouncement, decay_targets, decayed_names
 from .callbacks import PNormScheduleCallback, ScheduleFromArguments
 from .distilling_trainer import DistillingTrainer
 from .gradients import UnreadNorms, check_gradient_norm, leaves_out_steps
 from .metrics import WeightSparsity, following
 from .options import SCHEDULE, options_of
 from .other_optimizers import asks_for_decay, attach_decay, check_deepspeed
-from .param_groups import decayed_parameters
 from .perplexity import PerplexityMeter, own_loss
-from .registration import OPTIMIZERS, optimizer_options
+from .registration import OPTIMIZERS
 from .uneven_ends import marking_repeated_rows, rows_that_count
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,9 @@ class PAdamTrainer(DistillingTrainer):
 
     * ``eval_perplexity`` is exp(summed NLL / predicted tokens), exact across batches of unequal length, ``-100``
       labels and processes. (``exp(eval_loss)`` is not: `eval_loss` is the Trainer's mean of batch means.)
-    * ``eval_sparsity`` is the share of exact zeros among the weights that the p-norm decay acts on;
-      ``eval_sparsity_total`` that among all parameters, frozen ones included and each tied weight counted once.
+    * ``eval_sparsity`` is the share of exact zeros among the weights that the p-norm decay acts on, and is left out
+      where it acts on none; ``eval_sparsity_total`` that among all parameters, frozen ones included and each tied
+      weight counted once.
 
     Both sparsities are also in the training logs, so they reach whatever `report_to` names; so is `p_norm` while
     `p_norm_schedule` moves it. Works with any optimizer.
@@ -59,6 +60,8 @@ class PAdamTrainer(DistillingTrainer):
         self._unread_norms = UnreadNorms()
         if not any(isinstance(callback, PNormScheduleCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(ScheduleFromArguments())
+        if not any(isinstance(callback, DecayAnnouncement) for callback in self.callback_handler.callbacks):
+            self.add_callback(DecayAnnouncement)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer; add a p-norm decay if the arguments ask for one and it is not PAdam."""
@@ -68,7 +71,7 @@ class PAdamTrainer(DistillingTrainer):
         if asks_for_decay(self.args):
             model = self.model if model is None else model
             assert model is not None
-            attach_decay(optimizer, model, self.args, self._decay_targets())
+            attach_decay(optimizer, model, self.args, decay_targets(self.args))
         return optimizer
 
     def _settings(self) -> dict[str, Any]:
@@ -97,22 +100,18 @@ class PAdamTrainer(DistillingTrainer):
         return factory, options
 
     def decayed_names(self) -> list[str]:
-        """Return the names of the weights that the p-norm decay acts on, or would with `optim="padam"`."""
+        """Return the names of the weights that the optimizer decays, or would with `optim="padam"`."""
         assert self.model is not None  # the Trainer has one from its constructor on
-        return list(decayed_parameters(self.model, **self._decay_targets()))
-
-    def _decay_targets(self) -> dict[str, Any]:
-        if OptimizerNames(self.args.optim).value in OPTIMIZERS:
-            options = optimizer_options(self.args)
-        else:
-            options = vars(options_of(self.args)) | {"target_sparsity": None}
-        targets = {key: options[key] for key in ("decay_embeddings", "dense_modules", "target_sparsity")}
-        return targets | {"target_modules": self.args.optim_target_modules}
+        return decayed_names(self.model, self.optimizer, self.args)
 
     def sparsity(self) -> dict[str, float]:
-        """Return the shares of exact zeros: `sparsity` of the decayed weights, `sparsity_total` of the model."""
+        """Return the shares of exact zeros: `sparsity` of the decayed weights, `sparsity_total` of the model.
+
+        What is not known is left out: the first where no weight decays, the second where weights are packed.
+        """
         summary = WeightSparsity().compute(model=self.model, decayed=self.decayed_names())
-        return {key: summary[key] for key in ("sparsity", "sparsity_total")}
+        shares = {key: summary[key] for key in ("sparsity", "sparsity_total")}
+        return {key: share for key, share in shares.items() if share is not None}
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the gradients' norm, over all processes; act as `nonfinite_gradients` says if it is not finite."""

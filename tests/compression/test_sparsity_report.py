@@ -10,8 +10,19 @@ import torch
 from conftest import tiny_gpt2, tiny_llama
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    GraniteMoeConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MambaConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
-from hf_padam import compress
+from hf_padam import WeightSparsity, compress
 from hf_padam.__main__ import main
 
 
@@ -79,12 +90,27 @@ def test_names_without_the_model_prefix_are_recognised(tmp_path, capsys):
     assert sum(row["decayed"] for row in report["tensors"]) == 8 and "GPT2LMHeadModel" in report["decayed_by"]
 
 
-def test_without_a_known_model_class_it_guesses_and_says_so(checkpoint, capsys):
-    known = {row["name"] for row in report_of(checkpoint, capsys)["tensors"] if row["decayed"]}
-    (checkpoint / "config.json").unlink()
+@pytest.mark.parametrize("missing", ["config.json", "a weight", "the size of one"])
+def test_where_names_cannot_be_compared_it_says_that_the_decayed_set_is_not_known(checkpoint, missing, capsys):
+    if missing == "config.json":
+        (checkpoint / "config.json").unlink()
+    else:
+        tensors = load_file(checkpoint / "model.safetensors")
+        name = next(name for name, tensor in tensors.items() if tensor.ndim == 2 and "layer" in name or ".h." in name)
+        tensors |= {name: tensors[name][:-1].copy()} if "size" in missing else {}
+        if "size" not in missing:
+            del tensors[name]
+        save_file(tensors, checkpoint / "model.safetensors")
     report = report_of(checkpoint, capsys)
-    assert {row["name"] for row in report["tensors"] if row["decayed"]} == known
-    assert "guessed" in report["decayed_by"] and "config.json" in report["decayed_by"]
+    assert report["decayed_by"].startswith("which weights decay is not known: ")
+    assert report["sparsity"] is report["decayed_parameters"] is None
+    assert {row["decayed"] for row in report["tensors"]} == {None}
+    everything = load_file(checkpoint / "model.safetensors").values()
+    zeros = sum(int((tensor == 0).sum()) for tensor in everything)
+    assert report["sparsity_total"] == pytest.approx(zeros / sum(tensor.size for tensor in everything))
+    main(["sparsity", str(checkpoint)])
+    table = capsys.readouterr().out
+    assert "not known" in table and "decayed weights" not in table
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path):
@@ -97,8 +123,77 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     command = [sys.executable, "-m", "hf_padam", "sparsity", str(directory)]
     result = subprocess.run(command, input="y\n", capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "guessed" in result.stdout + result.stderr and "Do you wish" not in result.stdout + result.stderr
+    assert "is not known" in result.stdout and "Do you wish" not in result.stdout + result.stderr
     assert not (tmp_path / "has run").exists()
+
+
+def llava():
+    text = dict(model_type="llama", **TINY, tie_word_embeddings=False)
+    vision = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                  num_attention_heads=4, image_size=8, patch_size=4, projection_dim=32)  # fmt: skip
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=95))
+
+
+TINY = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, moe_intermediate_size=16,
+)  # fmt: skip
+OTHER_NAMES = {
+    "tied llama": tiny_llama,
+    "llama": lambda: tiny_llama(tie_word_embeddings=False),
+    "gpt2": tiny_gpt2,
+    "mixtral": lambda: causal(MixtralConfig(num_local_experts=4, **TINY)),
+    "qwen3 moe": lambda: causal(Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, **TINY)),
+    "gpt-oss": lambda: causal(GptOssConfig(num_local_experts=4, **TINY)),
+    "deepseek v3": lambda: causal(
+        DeepseekV3Config(
+            n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1,
+            q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, **TINY,
+        )
+    ),
+    "granite moe": lambda: causal(GraniteMoeConfig(num_local_experts=4, num_experts_per_tok=2, **TINY)),
+    "mamba": lambda: causal(MambaConfig(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2)),
+    "llava": llava,
+}  # fmt: skip
+
+
+def causal(config):
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("family", OTHER_NAMES)
+def test_report_card_and_compressed_directory_say_what_the_model_in_memory_says(family, tmp_path, capsys):
+    model = sparse(OTHER_NAMES[family]())
+    model.save_pretrained(tmp_path / "dense")
+    expected = WeightSparsity().compute(model=model)
+    result = compress(tmp_path / "dense", tmp_path / "compressed")
+    for directory in ("dense", "compressed"):
+        report = report_of(tmp_path / directory, capsys)
+        assert {key: report[key] for key in expected} == pytest.approx(expected)
+        assert type(model).__name__ in report["decayed_by"]
+    assert {key: result.report.totals[key] for key in expected} == pytest.approx(expected)
+    card = (tmp_path / "compressed" / "README.md").read_text()
+    zeros, decayed = expected["sparsity"], expected["decayed_parameters"]
+    assert f"Zeros: {zeros:.2%} of the {decayed:,} decayed weights, {expected['sparsity_total']:.2%} of all" in card
+
+
+def test_a_second_copy_of_tied_weights_is_not_counted(tmp_path, capsys):
+    model = sparse(tiny_llama())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, tmp_path / "model.safetensors")
+    report = report_of(tmp_path, capsys)
+    assert report["total_parameters"] == sum(param.numel() for param in model.parameters())
+
+
+def test_zeros_of_packed_weights_are_not_known(tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: np.zeros((1024, 1), np.uint8)}, tmp_path / "model.safetensors")
+    report = report_of(tmp_path, capsys)
+    assert report["sparsity"] is report["sparsity_total"] is None
+    assert {row["sparsity"] for row in report["tensors"] if row["dtype"] == "U8"} == {None}
 
 
 def test_complex_weights_are_counted(tmp_path, capsys):

@@ -1,0 +1,68 @@
+"""Which tensors of a checkpoint decay: asked of the config's model class, built without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from ..resuming.weight_names import UnknownNamesError, names_in_memory
+from ..training.param_groups import decayed_parameters
+from .model_directory import ModelDirectory
+
+
+@dataclass(frozen=True)
+class DecayedOnDisk:
+    """What is known of a checkpoint's tensors, by the names that they have there."""
+
+    decayed: set[str] | None  # those that decay by default; None where that is not known
+    parameters: set[str]  # those that are parameters, each tied one once; all where that is not known
+    along_rows: set[str]  # matrices whose input is their rows
+    source: str  # how this was found, in words
+
+    @classmethod
+    def of(cls, model: ModelDirectory) -> DecayedOnDisk:
+        """Compare the checkpoint's names with those of its model, through the conversions that Transformers has."""
+        shapes = {stored.info.name: model.info(stored).shape for stored in model.stored}
+        try:
+            skeleton = _skeleton(model)
+            homes = names_in_memory(skeleton, shapes)
+            names = set(decayed_parameters(skeleton))
+            mixed = [name for name, params in homes.items() if names & set(params) and set(params) - names]
+            if mixed:
+                raise UnknownNamesError(f"{mixed[0]} holds weights that decay and others that do not")
+        except Exception as error:  # an unknown class, code of its own that is not run here, other names
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            return cls(None, set(shapes), set(), f"which weights decay is not known: {reason}")
+        conv1d = {f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
+        return cls(
+            {name for name, params in homes.items() if names & set(params)},
+            {name for name, params in homes.items() if params},
+            {name for name, params in homes.items() if conv1d & set(params)},
+            f"decayed: what decays by default in {type(skeleton).__name__}",
+        )
+
+
+def _skeleton(model: ModelDirectory) -> nn.Module:
+    if not model.config:
+        raise ValueError("no config.json")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        config: Any = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        with torch.device("meta"):
+            if named is not None:
+                return named(config)
+            automatic = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+            return automatic.from_config(config)
+    finally:
+        logging.set_verbosity(verbosity)
