@@ -90,7 +90,8 @@ class CallbackFromGroups(TargetSparsityCallback):
             warn_of_lost_updates(groups)
             if "model" in kwargs:
                 warn_of_strangers(kwargs["model"], optimizer)
-        plans = [group for group in groups if group.get("target_sparsity") is not None]
+        steerable = groups if isinstance(optimizer, PAdam) else []  # the keys of others are theirs
+        plans = [group for group in steerable if group.get("target_sparsity") is not None]
         self._steering = None
         if plans:
             self._plan = {
