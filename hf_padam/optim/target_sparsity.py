@@ -53,10 +53,8 @@ _HORIZON = 0.1
 _UPDATES = 200
 """How many times during the ramp the decay is computed anew, at most."""
 
-_SAMPLE = 2**24
-"""Elements of all steered tensors that quantiles are estimated from; at least `_SMALL_SAMPLE` of each."""
-
-_SMALL_SAMPLE = 2**16
+_SAMPLE, _POOL_SAMPLE = 2**22, 2**18
+"""Elements that quantiles are estimated from, at least: of all steered tensors, and of those that arrive together."""
 
 _LAST = 0.002
 """Share of zeros that the decay leaves to the end of the ramp, which meets the target exactly: so much may a quantile
@@ -309,7 +307,9 @@ class TargetSparsity:
         if all(group["p_norm"] == -math.inf for group in pool):  # who is to die does so at once
             horizon = self.interval
         ahead = min(self.planned(step + horizon, pool[0]["target_initial"], target), target - _LAST)
-        sample = max(_SMALL_SAMPLE, _SAMPLE // sum(len(_params(other)) for other in self._pools()))
+        sample = max(
+            _POOL_SAMPLE // len(_params(pool)), _SAMPLE // sum(len(_params(other)) for other in self._pools())
+        )
         measured, scale = measure(self.optimizer, pool), 1.0
         if any(group["importance"] == "fisher" for group in pool):
             scale = fisher_scale(measured, sample)

@@ -75,10 +75,10 @@ def check_decayed(checkpoint: str | Path, saved: str, given: str) -> None:
     if saved != given:
         raise CheckpointError(
             f"in {checkpoint} the p-norm decay acts on {saved}, here on {given}: the run that saved it decayed other "
-            "weights. Give decay_embeddings, dense_modules, optim_target_modules and the modules of target_sparsity as "
-            "they were. If they are, an earlier version of hf_padam saved it, which chose by parameters' names; this one "
-            "decays only matrices of linear maps and of experts. Then finish the run with that version, or start a new one with its weights "
-            "as the model"
+            "weights. Give decay_embeddings, dense_modules, optim_target_modules and the modules of target_sparsity "
+            "as they were. If they are, an earlier version of hf_padam saved it, which chose by parameters' names; "
+            "this one decays only matrices of linear maps and of experts. Then finish the run with that version, or "
+            "start a new one with its weights as the model"
         )
 
 
