@@ -30,11 +30,17 @@ def check_schedule(start: float, share: float, shape: str) -> None:
     """
     if shape not in SHAPES:
         raise ValueError(f"p_norm_schedule={shape!r} is not allowed: it is one of {', '.join(SHAPES)}")
-    for name, value, high, what in (
-        ("p_norm_start", start, math.inf, "a positive finite number; 2 is AdamW's decay"),
-        ("p_norm_schedule_share", share, math.nextafter(1, 2), "above 0, at most 1: a share of the training steps"),
+    for name, value, low, high, what in (
+        ("p_norm_start", start, -math.inf, math.inf, "a finite number; 2 is AdamW's decay"),
+        (
+            "p_norm_schedule_share",
+            share,
+            0.0,
+            math.nextafter(1, 2),
+            "above 0, at most 1: a share of the training steps",
+        ),
     ):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < high:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
             raise ValueError(f"{name}={value!r} is not allowed: it must be {what}")
 
 

@@ -45,7 +45,7 @@ def test_p_goes_from_start_to_exactly_final(shape, start, share):
     ("given", "message"),
     [
         ({"shape": "quadratic"}, "p_norm_schedule='quadratic' is not allowed: it is one of constant, linear, cosine"),
-        ({"start": 0.0}, "p_norm_start=0.0 is not allowed"),
+        ({"start": float("inf")}, "p_norm_start=inf is not allowed"),
         ({"share": 1.5}, "p_norm_schedule_share=1.5 is not allowed"),
         ({"total_steps": 0}, "total_steps=0 is not allowed"),
     ],
