@@ -56,8 +56,10 @@ def check_blocks(group: dict[str, Any]) -> None:
         why = None
         if hasattr(param, "ds_tensor") or hasattr(param, "_fsdp_flattened"):
             why = "is flattened by its sharding: use FSDP2 (fsdp_version: 2)"
-        elif param.ndim < 2 or param.shape[dim] % m:
-            why = f"has {param.shape[dim] if param.ndim else 1} inputs, no multiple of {m}: give a smaller pattern"
+        elif param.ndim < 2:
+            why = "is no matrix: take it out of the group"
+        elif param.shape[dim] % m:
+            why = f"has {param.shape[dim]} inputs, no multiple of {m}: give a smaller pattern"
         elif isinstance(param, DTensor) and any(p.is_shard(dim) or p.is_partial() for p in param.placements):
             why = "is sharded along its inputs, which may cut blocks apart: shard another dimension"
         if why:

@@ -1,0 +1,169 @@
+"""Targets by modules: which weights an entry is for, what arrives, how a mapping gets in, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import blocks, tiny_gpt2, tiny_llama
+from support.arguments import parse_arguments, save_config
+from transformers import Trainer, TrainingArguments
+
+from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments, TargetSparsity, decayed_parameters, get_param_groups
+from hf_padam.optim.target_sparsity import steering_of
+from hf_padam.resuming.checkpoints import CheckpointError
+from hf_padam.training.options import parse_optim_args
+
+SHARES = {"mlp": 0.8, "attn": 0.5}
+
+
+def arguments(directory, cls=PAdamTrainingArguments, **options):
+    common = dict(output_dir=str(directory), report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no")
+    return cls(**common | dict(optim="padam", learning_rate=1e-3, max_steps=20, logging_steps=5) | options)
+
+
+def share(params) -> float:
+    params = list(params)
+    return sum((p == 0).sum().item() for p in params) / sum(p.numel() for p in params)
+
+
+def of(model, part: str) -> list[torch.Tensor]:
+    return [param for name, param in decayed_parameters(model).items() if part in name]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("importance", ["magnitude", "fisher"])
+def test_each_entry_arrives_at_its_own_share(tmp_path, scope, importance):
+    options = dict(target_sparsity=SHARES, target_scope=scope, importance=importance)
+    trainer = PAdamTrainer(model=tiny_llama(), args=arguments(tmp_path, **options), train_dataset=blocks())
+    trainer.train()
+    for part, target in SHARES.items():
+        params = of(trainer.model, part)
+        for pool in [params] if scope == "global" else [[param] for param in params]:
+            assert target <= share(pool) < target + 1 / pool[0].numel()
+    steering, sparsity = steering_of(trainer.optimizer), trainer.sparsity()["sparsity"]
+    assert steering.met and steering.target == pytest.approx(sparsity, abs=1e-3)
+    assert steering.state()["planned_sparsity"] == pytest.approx(sparsity, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("entries", "dense"),
+    [
+        ({"mlp": 0.8}, ["attn"]),
+        ({r".*\.0\..*proj": 0.6}, ["h.1.", "layers.1."]),
+        ({"mlp": 0.8, "*": 0.3}, []),
+        ({"*": 0.4}, []),
+    ],
+)
+def test_weights_of_no_entry_stay_dense_and_are_not_counted_unless_there_is_a_star(entries, dense):
+    model = tiny_llama()
+    chosen = decayed_parameters(model, target_sparsity=entries)
+    everything = decayed_parameters(model)
+    assert chosen.keys() == {name for name in everything if not any(part in name for part in dense)}
+    groups = get_param_groups(model, p_norm=-1.0, target_sparsity=entries)
+    steered = {name: group for group in groups for name, _ in group["params"] if group["lambda_p"] > 0}
+    assert list(steered) == list(chosen)
+    for name, group in steered.items():
+        first = next((key for key in entries if key in name), "*" if "*" in entries else next(iter(entries)))
+        assert group["target_sparsity"] == entries[first]
+    grouped = [name for group in groups for name, _ in group["params"]]
+    assert sorted(grouped) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_a_weight_belongs_to_the_first_entry_that_matches_it():
+    model = tiny_llama()
+    narrow_first = get_param_groups(model, target_sparsity={"layers.0.mlp": 0.3, "mlp": 0.8})
+    assert [g["target_sparsity"] for g in narrow_first[:-1]] == [0.3, 0.8]
+    assert all("layers.0." in name for name, _ in narrow_first[0]["params"])
+    with pytest.raises(ValueError, match="the entry 'layers.0.mlp' has no weight.*put it before"):
+        get_param_groups(model, target_sparsity={"mlp": 0.8, "layers.0.mlp": 0.3})
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"mpl": 0.5}, "target_sparsity='mpl' matches no module.*modules are named like"),
+        ({"mlp": 0.5, "(": 0.5}, "target_sparsity='.' is not a regular expression"),
+        ({"norm": 0.5}, "the entry 'norm' has no weight"),
+        ({"mlp": 0.5, "self_attn": 0.5, "*": 0.5}, "the entry '.' has no weight"),
+    ],
+)
+def test_an_entry_that_is_for_nothing_is_an_error(entries, message):
+    with pytest.raises(ValueError, match=message):
+        get_param_groups(tiny_llama(), target_sparsity=entries)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mlp": 1.5}, "target_sparsity=1.5 is not allowed"),
+        ({"mlp": "0.5"}, "must be a number or a mapping from modules to numbers"),
+        ({"mlp": True}, "must be a number or a mapping"),
+        ({1: 0.5}, "must be a number or a mapping"),
+        ([0.5], "must be a number or a mapping"),
+        ({}, "names no module"),
+        ('{"mlp": 0.5', "is not a mapping in JSON"),
+        ("{mlp: 0.5}", "is not a mapping in JSON"),
+    ],
+    ids=str,
+)
+def test_a_mapping_that_is_none_is_refused_before_anything_is_loaded(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, target_sparsity=given)
+
+
+def test_a_mapping_gets_in_by_optim_args(tmp_path):
+    text = 'target_sparsity={"mlp": 0.8, "attn": 0.5}, target_end=0.5,p_norm=-1'
+    assert parse_optim_args(text) == {"target_sparsity": SHARES, "target_end": 0.5, "p_norm": -1.0}
+    args = arguments(tmp_path, TrainingArguments, optim_args=text)
+    trainer = Trainer(model=tiny_gpt2(), args=args, train_dataset=blocks())
+    trainer.train()
+    assert share(of(trainer.model, "mlp")) == pytest.approx(0.8, abs=1e-3)
+    assert share(of(trainer.model, "attn")) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["command line", "yaml", "json"])
+def test_a_mapping_gets_in_by_command_lines_and_config_files(tmp_path, kind):
+    config = {"output_dir": str(tmp_path), "target_sparsity": SHARES, "report_to": "none"}
+    if kind == "command line":
+        argv = [word for key, value in config.items() for word in (f"--{key}", value)]
+        argv[argv.index(SHARES)] = json.dumps(SHARES)
+    else:
+        file = tmp_path / f"config.{kind}"
+        file.write_text(yaml.safe_dump(config, sort_keys=False) if kind == "yaml" else json.dumps(config))
+        argv = [str(file)]
+    (args,) = parse_arguments("", PAdamTrainingArguments, argv=argv)
+    assert args.target_sparsity == SHARES and list(args.target_sparsity) == list(SHARES)
+    save_config(tmp_path / "saved.yaml", args)
+    (again,) = parse_arguments("", PAdamTrainingArguments, argv=[str(tmp_path / "saved.yaml")])
+    assert again.target_sparsity == SHARES
+
+
+@pytest.mark.parametrize(("words", "expected"), [(["--target_sparsity", "0.5"], 0.5), ([], None)])
+def test_a_number_still_gets_in_by_command_lines(tmp_path, words, expected):
+    (args,) = parse_arguments("", PAdamTrainingArguments, argv=["--output_dir", str(tmp_path), *words])
+    assert args.target_sparsity == expected
+
+
+def test_a_run_with_shares_by_modules_goes_on_exactly_and_other_modules_are_refused(tmp_path):
+    def trainer(shares):
+        options = dict(target_sparsity=shares, save_strategy="steps", save_steps=6, max_steps=12)
+        return PAdamTrainer(model=tiny_llama(), args=arguments(tmp_path, **options), train_dataset=blocks())
+
+    checkpoint = str(tmp_path / "checkpoint-6")
+    whole = trainer(SHARES)
+    whole.train()
+    resumed = trainer(SHARES)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert all(map(torch.equal, whole.model.parameters(), resumed.model.parameters()))
+    for others in ({"mlp": 0.8}, {"attn": 0.5, "mlp": 0.8}, {"layers.0": 0.8, "layers.1": 0.5}):
+        with pytest.raises(CheckpointError, match="modules of target_sparsity as they were"):
+            trainer(others).train(resume_from_checkpoint=checkpoint)
+
+
+def test_groups_without_a_target_are_not_steered_to_the_groups_own():
+    optimizer = PAdam([{"params": [torch.nn.Parameter(torch.ones(4, 4))]}])
+    with pytest.raises(ValueError, match="nothing to steer: .* and a target_sparsity"):
+        TargetSparsity(optimizer, None, 10)
