@@ -262,6 +262,7 @@ def test_differences_from_the_reference_are_taken_seed_by_seed():
     point = Point("m", "", [1.6, 2.4], [0.25, 0.25])
     assert differences(point, [dense, pruned]) == pytest.approx([0.1, -0.1])
     assert differences(Point("m", "", [1.0], [0.9]), [dense, pruned]) == []
+    assert differences(Point("m", "", [2.4], [0.25], seeds=[1]), [dense, pruned]) == pytest.approx([-0.1])
     comparison = Comparison([dense, pruned, point], "dense", "reference")
     rows = [dict(zip(comparison.columns(), row, strict=True)) for row in comparison.rows()]
     assert [row["loss less reference's"] for row in rows] == ["", "", "+0.0000 ± 0.1414"]
@@ -278,6 +279,48 @@ def plan(directory: Path, **changes) -> Path:
     contents = {"title": "Tiny", "recipe": "pretrain_char.py", "options": TINY, "seeds": [1, 2], "dense": "AdamW"}
     file.write_text(yaml.safe_dump(contents | {"reference": "gradual", "methods": methods} | changes, sort_keys=False))
     return file
+
+
+def test_whole_comparisons_come_first_seed_by_seed_and_settings_may_have_seeds_of_their_own(tmp_path):
+    methods = {"A": [{"p_norm": 0.5}, {"p_norm": 0.7}, {"p_norm": 0.3, "seeds": [2]}], "B": [{}, {"lambda_p": 0.1}]}
+    jobs = compare.plan_jobs(yaml.safe_load(plan(tmp_path, methods=methods).read_text()), {}, tmp_path)
+    assert list(jobs) == [
+        ("A", 0, 1), ("B", 0, 1), ("A", 1, 1), ("B", 1, 1),
+        ("A", 0, 2), ("B", 0, 2), ("A", 1, 2), ("B", 1, 2), ("A", 2, 2),
+    ]  # fmt: skip
+    assert not any("seeds" in job.options for job in jobs.values())
+
+
+def test_parts_of_a_plan_are_run_and_tabled_beside_what_is_finished_and_test_losses_too(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    class Runner(compare.Runner):
+        def run(self, job):
+            if self.finished(job) is None:
+                ran.append((job.options["seed"], job.options.get("p_norm", "dense")))
+                result = {"validation_loss": 1.0 + job.options["seed"], "sparsity": 0.0, "sparsity_total": 0.0}
+                result["test_loss"] = 3.0 + job.options["seed"] + job.options.get("p_norm", 0)
+                job.output_dir.mkdir()
+                (job.output_dir / "results.json").write_text(json.dumps(result | {"hardware": "a machine"}))
+                (job.output_dir / "options.json").write_text(job.request)
+            return self.finished(job)
+
+    def rows(*options: str) -> list[tuple[str, str, str]]:
+        monkeypatch.setattr(sys, "argv", ["compare.py", str(file), "--output_dir", str(tmp_path / "out"), *options])
+        compare.main()
+        table = csv.DictReader((tmp_path / "out" / "pareto.csv").open())
+        return [(row["method"], row["seed"], row["test_loss"]) for row in table]
+
+    monkeypatch.setattr(compare, "Runner", Runner)
+    methods = {"AdamW": [{"optim": "adamw_torch"}], "PAdam": [{"p_norm": 0.5}, {"p_norm": 0.25, "seeds": [2]}]}
+    file = plan(tmp_path, methods=methods, reference="AdamW")
+    assert rows("--methods", "PAdam", "--seeds", "2") == [("PAdam", "2", "5.5"), ("PAdam", "2", "5.25")]
+    assert rows("--methods", "AdamW")[:2] == [("AdamW", "1", "4.0"), ("AdamW", "2", "5.0")]
+    assert ran == [(2, 0.5), (2, 0.25), (1, "dense"), (2, "dense")]
+    assert rows()[2:] == [("PAdam", "1", "4.5"), ("PAdam", "2", "5.5"), ("PAdam", "2", "5.25")]
+    assert ran[4:] == [(1, 0.5)]
+    header = (tmp_path / "out" / "pareto.md").read_text().splitlines()[2]
+    assert "| loss |" in header and "| test loss |" in header
 
 
 def test_compare_tables_every_method_and_takes_up_what_is_finished(tmp_path, text_file):
@@ -322,12 +365,20 @@ def test_compare_tables_every_method_and_takes_up_what_is_finished(tmp_path, tex
         ({"methods": {"AdamW": [], "gradual": 3}}, "must be a list of mappings"),
         ({"methods": {"AdamW": [{}, {"one_shot": [0.5]}], "gradual": [{}]}}, "2 settings have the name adamw-seed1"),
         ({"colour": 1}, "must have the keys title, recipe"),
+        ({"methods": {"AdamW": [{"seeds": [3]}], "gradual": [{}]}}, "seeds [3] must be a list of some of the plan's"),
+        ({"methods": {"AdamW": [{"seeds": 1}], "gradual": [{}]}}, "seeds 1 must be a list of some of the plan's"),
     ],
-    ids=["recipe", "option", "dense", "methods", "twice", "key"],
+    ids=["recipe", "option", "dense", "methods", "twice", "key", "seeds", "no list of seeds"],
 )
 def test_compare_refuses_a_bad_plan(tmp_path, changes, message, monkeypatch, capsys):
     arguments = [str(plan(tmp_path, **changes)), "--output_dir", str(tmp_path / "out")]
     assert message in refusal(compare.main, arguments, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("option", [("--methods", "Adam"), ("--seeds", "3")], ids=lambda o: o[0])
+def test_compare_refuses_a_part_that_its_plan_lacks(tmp_path, option, monkeypatch, capsys):
+    arguments = [str(plan(tmp_path)), "--output_dir", str(tmp_path / "out"), *option]
+    assert f"{' '.join(option)} is not among the plan's" in refusal(compare.main, arguments, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("option", [("--p_norm", "0.3"), ("--seed", "7")], ids=lambda o: o[0])

@@ -72,7 +72,7 @@ def test_every_method_ends_with_the_share_asked_for(make, options, tmp_path):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules())
 
 
-@METHODS
+@pytest.mark.parametrize("options", [*GRADUAL, AT_ONCE[-1]], ids=lambda o: "-".join(map(str, o.values())))
 def test_a_resumed_run_prunes_what_the_whole_one_does(options, tmp_path):
     pruning = PruningArguments(prune_to=0.5, prune_interval=1, calibration_samples=8, **options)
     saved = {"save_strategy": "steps", "save_steps": 5}
@@ -84,7 +84,7 @@ def test_a_resumed_run_prunes_what_the_whole_one_does(options, tmp_path):
         assert torch.equal(one, other), name
 
 
-@METHODS
+@pytest.mark.parametrize("options", [GRADUAL[1], AT_ONCE[-1]], ids=lambda o: "-".join(map(str, o.values())))
 def test_until_they_prune_all_methods_see_the_same_data_and_random_numbers(options, tmp_path):
     """Dropout and the order of the data afterwards, too: pruning at once calibrates, and must not use them up."""
 
