@@ -19,6 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_peft_available
 
 from .checkpoints import (
     TRAINER_STATE,
@@ -29,6 +30,7 @@ from .checkpoints import (
 )
 from .interruption import EXIT_STATUS, StopSignal
 from .settings import check_optimizer, check_world_size, hyperparameters, warn_of_other_settings
+from .weights import check_adapters, check_keys, load_weights, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +128,35 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with loading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not self._load_here(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        assert best is not None  # else this is not called
+        with loading(best):
+            if not self._load_here(best):
+                super()._load_best_model()
+
+    def _load_here(self, checkpoint: str) -> bool:
+        """Load weights as they were saved, or check that the Trainer will; whether that is done."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # these save the names and shapes in memory
+            return False
+        assert self.model is not None  # the Trainer has one from its constructor on
+        if is_peft_available():
+            from peft import PeftModel
+
+            if isinstance(self.model, PeftModel):
+                check_adapters(self.model, checkpoint)
+                return False
+        if not weight_files(checkpoint):
+            return False
+        load_weights(self.model, checkpoint)
+        return True
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Let what is missing or unexpected be an error where the Trainer loads the weights."""
+        check_keys("the checkpoint", set(load_result.missing_keys), set(load_result.unexpected_keys))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
