@@ -12,13 +12,13 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..files import INCOMPLETE, describe_disk, discard, flush_directory, flush_tree
+from ..files import INCOMPLETE, BusyError, describe_disk, discard, flush, flush_tree, locked, unshared
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ def newest_checkpoint(directory: str | Path, state_file: str = TRAINER_STATE) ->
         state_file: The file that holds the run's progress; a checkpoint without it is incomplete.
     """
     found: Path | None = None
-    for replaced in (Path(directory) / INCOMPLETE).glob("replaced-*"):  # a kill between two renames
+    left = [path for home in _leftovers(Path(directory)) for path in sorted(home.iterdir())]
+    for replaced in [path for path in left if path.name.startswith("replaced-")]:  # a kill between two renames
         original = Path(directory) / replaced.name.removeprefix("replaced-")
         if not original.exists():
             os.rename(replaced, original)
@@ -65,7 +66,7 @@ def newest_checkpoint(directory: str | Path, state_file: str = TRAINER_STATE) ->
             found = checkpoint
             break
         logger.warning("%s is incomplete and passed over: %s. It is left as it is.", checkpoint, defect)
-    for leftover in sorted((Path(directory) / INCOMPLETE).glob("*")):
+    for leftover in [path for path in left if path.exists()]:
         logger.warning("%s is what an interrupted save left; it is passed over, the next save clears it.", leftover)
     return found
 
@@ -187,6 +188,30 @@ def loading(checkpoint: str | Path) -> Iterator[None]:
 
 
 @contextmanager
+def claimed(directory: str | Path) -> Iterator[bool]:
+    """Let no other run write checkpoints into a directory meanwhile. Every process of this one enters and leaves.
+
+    Yields:
+        Whether that is certain; see `locked`.
+
+    Raises:
+        CheckpointError: If another run has it.
+    """
+    outcome: list[bool | str] = [False]
+    with ExitStack() as stack:
+        if PartialState().is_main_process:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            try:
+                outcome = [stack.enter_context(locked(directory))]
+            except BusyError as error:
+                outcome = [str(error)]
+        alone = broadcast_object_list(outcome)[0]
+        if isinstance(alone, str):
+            raise CheckpointError(f"{directory} cannot hold this run's checkpoints: {alone}")
+        yield alone
+
+
+@contextmanager
 def staged_checkpoint(checkpoint: str | Path) -> Iterator[Path]:
     """Yield the directory to write a checkpoint into; when the block is left, flush it and rename it to `checkpoint`.
 
@@ -197,25 +222,27 @@ def staged_checkpoint(checkpoint: str | Path) -> Iterator[Path]:
         CheckpointError: If it could not be written, for want of space for example. What there was is untouched.
     """
     checkpoint = Path(checkpoint)
-    staging = checkpoint.parent / INCOMPLETE / checkpoint.name
     processes = PartialState()
-    if processes.is_local_main_process:
-        discard(staging.parent)
-    processes.wait_for_everyone()
-    try:
-        yield staging
-        processes.wait_for_everyone()
-        with processes.main_process_first():  # then the nodes that share no file system with the main process
-            if processes.is_local_main_process and staging.is_dir():
-                _publish(staging, checkpoint)
-    except Exception as error:
-        message = (
-            f"{checkpoint} could not be saved: {error}. {describe_disk(checkpoint.parent)}. Earlier checkpoints are "
-            "untouched: make room or mend the disk, then resume from the newest with --resume_from_checkpoint true"
-        )
+    with claimed(checkpoint.parent) as alone:
+        home = broadcast_object_list([unshared(checkpoint.parent / INCOMPLETE, alone)])[0]
         if processes.is_local_main_process:
-            discard(staging.parent)
-        raise CheckpointError(message) from error
+            for leftover in _leftovers(checkpoint.parent) if alone else ():
+                discard(leftover)
+        processes.wait_for_everyone()
+        try:
+            yield home / checkpoint.name
+            processes.wait_for_everyone()
+            with processes.main_process_first():  # then the nodes that share no file system with the main process
+                if processes.is_local_main_process and (home / checkpoint.name).is_dir():
+                    _publish(home / checkpoint.name, checkpoint)
+        except Exception as error:
+            message = (
+                f"{checkpoint} could not be saved: {error}. {describe_disk(checkpoint.parent)}. Earlier checkpoints "
+                "are untouched: make room or mend the disk, then resume from the newest with --resume_from_checkpoint true"
+            )
+            if processes.is_local_main_process:
+                discard(home)
+            raise CheckpointError(message) from error
 
 
 def _publish(staging: Path, checkpoint: Path) -> None:
@@ -224,8 +251,13 @@ def _publish(staging: Path, checkpoint: Path) -> None:
         logger.warning("%s is replaced by a new one of the same step.", checkpoint)
         os.rename(checkpoint, staging.with_name(f"replaced-{checkpoint.name}"))
     os.rename(staging, checkpoint)
-    flush_directory(checkpoint.parent)
+    flush(checkpoint.parent)
     discard(staging.parent)
+
+
+def _leftovers(directory: Path) -> list[Path]:
+    """Return the directories of what is being written to a run's directory, or a kill has left half-written there."""
+    return sorted(directory.glob(f"{INCOMPLETE}*"))
 
 
 def rotate_checkpoints(
@@ -246,8 +278,8 @@ def rotate_checkpoints(
     surplus = len(others) + len(kept) - limit if limit else 0
     for checkpoint in others[: max(surplus, 0)]:
         # Renamed first: a kill while deleting must not leave half of it under its name.
-        trash = newest.parent / INCOMPLETE
-        trash.mkdir(exist_ok=True)
+        trash = unshared(newest.parent / INCOMPLETE, alone=False)
+        trash.mkdir()
         os.rename(checkpoint, trash / checkpoint.name)
         discard(trash)
 
