@@ -72,22 +72,33 @@ def locked(path: str | Path) -> Iterator[bool]:
     """
     path = Path(path).resolve()
     if path in _locked:
-        yield _locked[path]
+        yield _locked[path] is not None
         return
-    handle = _lock(path)
-    _locked[path] = handle is not None
+    handle = _locked[path] = _lock(path)
     try:
-        yield _locked[path]
+        yield handle is not None
     finally:
-        del _locked[path]
-        if not path.is_dir():
-            path.unlink(missing_ok=True)
+        if path in _locked:  # which it is not in a forked process
+            del _locked[path]
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+            if handle is not None:
+                os.close(handle)
+
+
+_locked: dict[Path, int | None] = {}
+"""The locks that this process holds, by their handles; None where there are none."""
+
+
+def _leave_locks() -> None:
+    """Keep a forked process, one that loads data for example, from holding its parent's locks beyond its death."""
+    for handle in _locked.values():
         if handle is not None:
             os.close(handle)
+    _locked.clear()
 
 
-_locked: dict[Path, bool] = {}
-"""The locks that this process has asked for, and whether it got them."""
+os.register_at_fork(after_in_child=_leave_locks)
 
 
 def _lock(path: Path) -> int | None:

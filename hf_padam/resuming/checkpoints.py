@@ -1,7 +1,10 @@
 """Checkpoints that outlive a kill at any moment: written whole or not at all, judged by what they hold, found again.
 
-A checkpoint is written below `.incomplete`, flushed to the disk, and renamed to its place only then. Those that other
-code wrote in place, the plain Trainer for one, are judged by their files: none missing, none cut short.
+A checkpoint is written below `.incomplete`, flushed to the disk, and renamed to its place only then, with a file in it
+that says so. Those that other code wrote in place, the plain Trainer for one, are judged by what their files hold.
+
+Two questions are apart: whether a run can go on from it (`find_defect`), and whether it may be deleted once there are
+newer ones (`is_whole`): one of `save_only_model` may, and one that may be of a save still under way may not.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
 """The file that a Trainer writes last."""
+
+MARKER = "hf_padam_complete.json"
+"""The file by which a checkpoint of ours says that it is whole: the files that a run needs, and their bytes."""
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _NEEDED = {
@@ -125,14 +131,21 @@ def find_defect(checkpoint: Path, state_file: str = TRAINER_STATE, checksums: bo
     Args:
         checkpoint: Its directory.
         state_file: As for `newest_checkpoint`.
-        checksums: Whether to check, besides the lengths of torch's and safetensors' files, torch's checksums too,
-            which reads all of them.
+        checksums: Whether to check, of a checkpoint that other code wrote, torch's checksums besides the lengths of
+            torch's and safetensors' files, which reads all of them.
     """
     if (checkpoint / _SENTINEL).exists():
         return f"it holds {_SENTINEL}"
     for what, patterns in {"state of the run": (state_file,), **_NEEDED}.items():
         if not any(file for pattern in patterns for file in checkpoint.glob(pattern)):
             return f"it has no {what} ({patterns[0]})"
+    marker = checkpoint / MARKER
+    if marker.is_file():
+        for name, size in json.loads(marker.read_text()).items():
+            file = checkpoint / name
+            if not file.is_file() or file.stat().st_size != size:
+                return f"{name} {'has not the size that it was written with' if file.exists() else 'is missing'}"
+        return None
     for file in sorted(checkpoint.rglob("*")):
         try:
             defect = None if file.is_dir() else _file_defect(file, checksums)
@@ -141,6 +154,19 @@ def find_defect(checkpoint: Path, state_file: str = TRAINER_STATE, checksums: bo
         if defect is not None:
             return f"{file.relative_to(checkpoint)} {defect}"
     return None
+
+
+def is_whole(checkpoint: Path, state_file: str = TRAINER_STATE) -> bool:
+    """Whether all of a checkpoint is there that was to be written, be it enough to go on from or not."""
+    return (checkpoint / MARKER).is_file() or find_defect(checkpoint, state_file, checksums=False) is None
+
+
+def _mark(checkpoint: Path) -> None:
+    """Write the marker."""
+    patterns = [pattern for needed in _NEEDED.values() for pattern in needed]
+    found = {file for pattern in patterns for match in checkpoint.glob(pattern) for file in (match, *match.rglob("*"))}
+    sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in sorted(found) if file.is_file()}
+    (checkpoint / MARKER).write_text(json.dumps(sizes, indent=1))
 
 
 def _file_defect(file: Path, checksums: bool) -> str | None:
@@ -238,7 +264,8 @@ def staged_checkpoint(checkpoint: str | Path) -> Iterator[Path]:
         except Exception as error:
             message = (
                 f"{checkpoint} could not be saved: {error}. {describe_disk(checkpoint.parent)}. Earlier checkpoints "
-                "are untouched: make room or mend the disk, then resume from the newest with --resume_from_checkpoint true"
+                "are untouched: make room or mend the disk, then resume from the newest with "
+                "--resume_from_checkpoint true"
             )
             if processes.is_local_main_process:
                 discard(home)
@@ -246,6 +273,7 @@ def staged_checkpoint(checkpoint: str | Path) -> Iterator[Path]:
 
 
 def _publish(staging: Path, checkpoint: Path) -> None:
+    _mark(staging)
     flush_tree(staging)
     if checkpoint.exists():
         logger.warning("%s is replaced by a new one of the same step.", checkpoint)
@@ -273,7 +301,7 @@ def rotate_checkpoints(
     """
     kept = {path.resolve() for path in (newest, Path(best or newest))}
     others = [c for c in _checkpoints(newest.parent) if c.resolve() not in kept]
-    others = [c for c in others if find_defect(c, state_file, checksums=False) is None]
+    others = [c for c in others if is_whole(c, state_file)]
     others.sort(key=lambda c: (int(c.stat().st_mtime), _step(c)))  # by time: steps of an earlier run may be higher
     surplus = len(others) + len(kept) - limit if limit else 0
     for checkpoint in others[: max(surplus, 0)]:

@@ -11,18 +11,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_peft_available
 
 from .checkpoints import (
     TRAINER_STATE,
+    claimed,
     loading,
     resolve_checkpoint,
     rotate_checkpoints,
@@ -68,13 +70,15 @@ class ResumableTrainer(Trainer):
             kwargs: As there.
 
         Raises:
-            CheckpointError: If the named checkpoint is not complete or does not fit, or one cannot be saved.
+            CheckpointError: If the named checkpoint is not complete or does not fit, one cannot be saved, or another
+                run saves its own into the output directory.
             SystemExit: After a SIGTERM, once a checkpoint is saved.
         """
-        checkpoint = resolve_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
-        if checkpoint:
-            self._check_settings(str(checkpoint), _read_run_state(str(checkpoint)).get("settings", {}))
-        with self._stop_signal:
+        directory = str(self.args.output_dir)
+        with nullcontext() if self.args.save_strategy == SaveStrategy.NO else claimed(directory), self._stop_signal:
+            checkpoint = resolve_checkpoint(resume_from_checkpoint, directory)
+            if checkpoint:
+                self._check_settings(str(checkpoint), _read_run_state(str(checkpoint)).get("settings", {}))
             return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _check_settings(self, checkpoint: str, saved: dict[str, Any]) -> None:
