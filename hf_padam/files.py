@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,8 +16,16 @@ INCOMPLETE = ".incomplete"
 """The directory, in a run's output directory, of what is being written and has not been renamed to its place yet."""
 
 
+_UMASK = os.umask(0)  # asking for it sets it, for every thread: once, before there are any
+os.umask(_UMASK)
+
+
 class WriteError(OSError):
     """A file could not be written: the message says which, why, and how full its disk is."""
+
+
+class BusyError(WriteError):
+    """Another process is writing there."""
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -37,13 +48,92 @@ def staged(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise WriteError(f"{path} could not be written: {error}. {describe_disk(path.parent)}") from error
+        with _explained(path):
+            yield temporary
+            os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes files private, and the rename would keep them so
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[bool]:
+    """Let no other process that asks for the same lock run the block meanwhile; this one may ask again inside.
+
+    Args:
+        path: A directory; or a file, which is made for it and deleted afterwards. A process that is killed holds no
+            lock, whatever file it leaves.
+
+    Yields:
+        Whether that is certain: some network file systems have no locks.
+
+    Raises:
+        BusyError: If another process holds the lock.
+    """
+    path = Path(path).resolve()
+    if path in _locked:
+        yield _locked[path] is not None
+        return
+    handle = _locked[path] = _lock(path)
+    try:
+        yield handle is not None
+    finally:
+        if path in _locked:  # which it is not in a forked process
+            del _locked[path]
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+            if handle is not None:
+                os.close(handle)
+
+
+_locked: dict[Path, int | None] = {}
+"""The locks that this process holds, by their handles; None where there are none."""
+
+
+def _leave_locks() -> None:
+    """Keep a forked process, one that loads data for example, from holding its parent's locks beyond its death."""
+    for handle in _locked.values():
+        if handle is not None:
+            os.close(handle)
+    _locked.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a file or directory and return its handle; None where there are no locks."""
+    while True:
+        handle = os.open(path, os.O_RDONLY | (0 if path.is_dir() else os.O_CREAT), 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+            os.close(handle)  # its holder has deleted it since
+        except OSError as error:
+            os.close(handle)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return None
+            raise BusyError(
+                f"another process is writing there, which holds the lock on {path}: wait until it has ended, or give "
+                "another directory"
+            ) from None
+
+
+def unshared(path: Path, alone: bool) -> Path:
+    """Return a path that no other process uses: itself where this one is `alone`, else one with a random ending."""
+    return path if alone else path.with_name(f"{path.name}-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Yield an empty directory, which is deleted afterwards."""
+    discard(path)  # what a kill has left
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        discard(path)
 
 
 @contextmanager
@@ -55,68 +145,94 @@ def staged_directory(directory: str | Path, last: str | None = None) -> Iterator
         last: Name of the file to move last: the one whose presence tells readers that the rest is there.
 
     Raises:
+        BusyError: If another process is writing there.
         WriteError: If the files could not be written, for want of space for example.
     """
     directory = Path(directory)
-    temporary = directory / INCOMPLETE
-    discard(temporary)  # what a kill has left
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        flush_tree(temporary)
-        for file in sorted(temporary.iterdir(), key=lambda f: (f.name == last, f.name)):
-            target = directory / file.name
-            if file.is_dir() and target.is_dir():
-                shutil.rmtree(target)
-            os.replace(file, target)
-    except Exception as error:
-        raise WriteError(f"{directory} could not be written: {error}. {describe_disk(directory)}") from error
-    finally:
-        discard(temporary)
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory) as alone, _explained(directory, Exception):
+        with _temporary(unshared(directory / INCOMPLETE, alone)) as temporary:
+            yield temporary
+            flush_tree(temporary)
+            for file in sorted(temporary.iterdir(), key=lambda f: (f.name == last, f.name)):
+                target = directory / file.name
+                if file.is_dir() and target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(file, target)
 
 
 @contextmanager
-def staged_new_directory(directory: str | Path, replace: bool = False) -> Iterator[Path]:
+def staged_new_directory(directory: str | Path, replace: bool = False, last: str | None = None) -> Iterator[Path]:
     """Yield a hidden directory beside `directory`; rename it to `directory` if the block succeeds.
 
     A kill leaves what was there, and what it leaves beside that is deleted by the next attempt. (Between two renames
-    nothing is there for a moment; a kill then is mended by the next attempt.)
+    nothing is there for a moment; a kill then is mended by the next attempt.) What cannot be renamed, a mount point or
+    a directory in one that this user may not write to, must be empty, and gets its files one by one.
 
     Args:
         directory: What is to appear, whole. It may exist if it is empty, or if `replace` is set.
         replace: Whether to put it in the place of what is there.
+        last: See `staged_directory`, for what cannot be renamed.
 
     Raises:
         FileExistsError: If there is something already.
+        BusyError: If another process is writing there.
         WriteError: If it could not be written, for want of space for example. What was there is untouched.
     """
     directory = Path(directory).resolve()  # of a link, what it leads to
-    temporary = directory.with_name(f".{directory.name}{INCOMPLETE}")
-    replaced = directory.with_name(f".{directory.name}.replaced")
-    if replaced.exists() and not directory.exists():  # a kill between the two renames below
-        os.rename(replaced, directory)
-    if not replace and directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists already: name another directory, or delete that one first")
-    discard(temporary)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        flush_tree(temporary)
-        if replace and directory.exists():
+    if directory.is_dir() and _is_fixed(directory):
+        if not is_free(directory):
+            raise FileExistsError(f"{directory} cannot be replaced as a whole (a mount point?): empty it first")
+        with staged_directory(directory, last) as temporary:
+            yield temporary
+        return
+    hidden = directory.with_name(f".{directory.name}")
+    replaced = Path(f"{hidden}.replaced")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with _explained(directory), locked(f"{hidden}.lock") as alone:
+        if replaced.exists() and not directory.exists():  # a kill between the two renames below
+            os.rename(replaced, directory)
+        if not replace and not is_free(directory):
+            raise FileExistsError(f"{directory} exists already: name another directory, or delete that one first")
+        with _temporary(unshared(Path(f"{hidden}{INCOMPLETE}"), alone)) as temporary:
+            yield temporary
+            flush_tree(temporary)
+            if replace and directory.exists():
+                discard(replaced)
+                os.rename(directory, replaced)
+            try:
+                os.rename(temporary, directory)
+            except OSError:
+                if replaced.exists():
+                    os.rename(replaced, directory)
+                raise
+            flush(directory.parent)
             discard(replaced)
-            os.rename(directory, replaced)
-        try:
-            os.rename(temporary, directory)
-        except OSError:
-            if replaced.exists():
-                os.rename(replaced, directory)
-            raise
-        flush_directory(directory.parent)
-        discard(replaced)
-    except OSError as error:
-        raise WriteError(f"{directory} could not be written: {error}. {describe_disk(directory.parent)}") from error
-    finally:
-        discard(temporary)
+
+
+def is_free(directory: Path) -> bool:
+    """Whether nothing is there, or an empty directory. What a new file system holds by itself does not count."""
+    if not directory.exists():
+        return True
+    return directory.is_dir() and all(path.name in (INCOMPLETE, "lost+found") for path in directory.iterdir())
+
+
+def _is_fixed(directory: Path) -> bool:
+    """Whether a directory cannot be renamed."""
+    mounts = Path("/proc/self/mountinfo")  # of a bind mount from the same disk, nothing else knows
+    names = [line.split()[4] for line in mounts.read_text().splitlines()] if mounts.is_file() else []
+    return directory.is_mount() or str(directory) in names or not os.access(directory.parent, os.W_OK)
+
+
+@contextmanager
+def _explained(path: Path, kind: type[Exception] = OSError) -> Iterator[None]:
+    """Say of an error what could not be written, and how full its disk is."""
+    try:
+        yield
+    except (BusyError, FileExistsError):
+        raise
+    except kind as error:
+        raise WriteError(f"{path} could not be written: {error}. {describe_disk(path.parent)}") from error
 
 
 def discard(directory: Path) -> None:
@@ -127,14 +243,17 @@ def discard(directory: Path) -> None:
 def flush_tree(directory: Path) -> None:
     """Make sure that a directory and all it holds is on the disk."""
     for path in [*directory.rglob("*"), directory]:
-        flush_directory(path)
+        flush(path)
 
 
-def flush_directory(path: Path) -> None:
-    """Make sure that a directory's entries, or a file's contents, are on the disk."""
+def flush(path: Path) -> None:
+    """Make sure that a file's contents are on the disk, or a directory's entries where its file system can tell."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS)):
+            raise
     finally:
         os.close(handle)
 
@@ -146,10 +265,3 @@ def describe_disk(directory: Path) -> str:
         mount = mount.parent
     usage = shutil.disk_usage(mount)
     return f"The disk at {mount} has {usage.free / 1e9:.3f} of {usage.total / 1e9:.3f} GB free"
-
-
-def _umask() -> int:
-    """Return the process's umask: mkstemp makes files private, and the rename would keep them so."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

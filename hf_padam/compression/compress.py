@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..files import staged_new_directory
+from ..files import is_free, staged_new_directory
 from .model_card import add_sparsity, remove_sparsity
 from .model_directory import CONFIG, OTHER_WEIGHTS, QUANT_METHOD, VERSION_KEY, ModelDirectory, checksum
 from .packing import (
@@ -202,7 +202,7 @@ def _new_directory(source: Path | None, destination: str | Path, force: bool) ->
     destination = Path(destination)
     if source is not None and source.resolve().is_relative_to(destination.resolve()):
         raise FileExistsError(f"{destination} holds the model to read: name another directory")
-    if destination.exists() and any(destination.iterdir() if destination.is_dir() else "x"):
+    if not is_free(destination):
         if not force:
             raise FileExistsError(
                 f"{destination} exists already: name another directory, or replace it with --force (force=True)"
@@ -216,7 +216,7 @@ def _new_directory(source: Path | None, destination: str | Path, force: bool) ->
                 f"{destination} holds {held} beside a model, so --force spares it: name another directory, or move "
                 "that away"
             )
-    return staged_new_directory(destination, replace=force)
+    return staged_new_directory(destination, replace=force, last=CONFIG)
 
 
 def _copy_others(source: Path, destination: Path) -> list[str]:

@@ -1,7 +1,10 @@
 """Checkpoints that outlive a kill at any moment: written whole or not at all, judged by what they hold, found again.
 
-A checkpoint is written below `.incomplete`, flushed to the disk, and renamed to its place only then. Those that other
-code wrote in place, the plain Trainer for one, are judged by their files: none missing, none cut short.
+A checkpoint is written below `.incomplete`, flushed to the disk, and renamed to its place only then, with a file in it
+that says so. Those that other code wrote in place, the plain Trainer for one, are judged by what their files hold.
+
+Two questions are apart: whether a run can go on from it (`find_defect`), and whether it may be deleted once there are
+newer ones (`is_whole`): one of `save_only_model` may, and one that may be of a save still under way may not.
 """
 
 from __future__ import annotations
@@ -12,18 +15,21 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..files import INCOMPLETE, describe_disk, discard, flush_directory, flush_tree
+from ..files import INCOMPLETE, BusyError, describe_disk, discard, flush, flush_tree, locked, unshared
 
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
 """The file that a Trainer writes last."""
+
+MARKER = "hf_padam_complete.json"
+"""The file by which a checkpoint of ours says that it is whole: the files that a run needs, and their bytes."""
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _NEEDED = {
@@ -55,7 +61,8 @@ def newest_checkpoint(directory: str | Path, state_file: str = TRAINER_STATE) ->
         state_file: The file that holds the run's progress; a checkpoint without it is incomplete.
     """
     found: Path | None = None
-    for replaced in (Path(directory) / INCOMPLETE).glob("replaced-*"):  # a kill between two renames
+    left = [path for home in _leftovers(Path(directory)) for path in sorted(home.iterdir())]
+    for replaced in [path for path in left if path.name.startswith("replaced-")]:  # a kill between two renames
         original = Path(directory) / replaced.name.removeprefix("replaced-")
         if not original.exists():
             os.rename(replaced, original)
@@ -65,7 +72,7 @@ def newest_checkpoint(directory: str | Path, state_file: str = TRAINER_STATE) ->
             found = checkpoint
             break
         logger.warning("%s is incomplete and passed over: %s. It is left as it is.", checkpoint, defect)
-    for leftover in sorted((Path(directory) / INCOMPLETE).glob("*")):
+    for leftover in [path for path in left if path.exists()]:
         logger.warning("%s is what an interrupted save left; it is passed over, the next save clears it.", leftover)
     return found
 
@@ -124,14 +131,21 @@ def find_defect(checkpoint: Path, state_file: str = TRAINER_STATE, checksums: bo
     Args:
         checkpoint: Its directory.
         state_file: As for `newest_checkpoint`.
-        checksums: Whether to check, besides the lengths of torch's and safetensors' files, torch's checksums too,
-            which reads all of them.
+        checksums: Whether to check, of a checkpoint that other code wrote, torch's checksums besides the lengths of
+            torch's and safetensors' files, which reads all of them.
     """
     if (checkpoint / _SENTINEL).exists():
         return f"it holds {_SENTINEL}"
     for what, patterns in {"state of the run": (state_file,), **_NEEDED}.items():
         if not any(file for pattern in patterns for file in checkpoint.glob(pattern)):
             return f"it has no {what} ({patterns[0]})"
+    marker = checkpoint / MARKER
+    if marker.is_file():
+        for name, size in json.loads(marker.read_text()).items():
+            file = checkpoint / name
+            if not file.is_file() or file.stat().st_size != size:
+                return f"{name} {'has not the size that it was written with' if file.exists() else 'is missing'}"
+        return None
     for file in sorted(checkpoint.rglob("*")):
         try:
             defect = None if file.is_dir() else _file_defect(file, checksums)
@@ -140,6 +154,19 @@ def find_defect(checkpoint: Path, state_file: str = TRAINER_STATE, checksums: bo
         if defect is not None:
             return f"{file.relative_to(checkpoint)} {defect}"
     return None
+
+
+def is_whole(checkpoint: Path, state_file: str = TRAINER_STATE) -> bool:
+    """Whether all of a checkpoint is there that was to be written, be it enough to go on from or not."""
+    return (checkpoint / MARKER).is_file() or find_defect(checkpoint, state_file, checksums=False) is None
+
+
+def _mark(checkpoint: Path) -> None:
+    """Write the marker."""
+    patterns = [pattern for needed in _NEEDED.values() for pattern in needed]
+    found = {file for pattern in patterns for match in checkpoint.glob(pattern) for file in (match, *match.rglob("*"))}
+    sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in sorted(found) if file.is_file()}
+    (checkpoint / MARKER).write_text(json.dumps(sizes, indent=1))
 
 
 def _file_defect(file: Path, checksums: bool) -> str | None:
@@ -195,6 +222,30 @@ def loading(checkpoint: str | Path) -> Iterator[None]:
 
 
 @contextmanager
+def claimed(directory: str | Path) -> Iterator[bool]:
+    """Let no other run write checkpoints into a directory meanwhile. Every process of this one enters and leaves.
+
+    Yields:
+        Whether that is certain; see `locked`.
+
+    Raises:
+        CheckpointError: If another run has it.
+    """
+    outcome: list[bool | str] = [False]
+    with ExitStack() as stack:
+        if PartialState().is_main_process:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            try:
+                outcome = [stack.enter_context(locked(directory))]
+            except BusyError as error:
+                outcome = [str(error)]
+        alone = broadcast_object_list(outcome)[0]
+        if isinstance(alone, str):
+            raise CheckpointError(f"{directory} cannot hold this run's checkpoints: {alone}")
+        yield alone
+
+
+@contextmanager
 def staged_checkpoint(checkpoint: str | Path) -> Iterator[Path]:
     """Yield the directory to write a checkpoint into; when the block is left, flush it and rename it to `checkpoint`.
 
@@ -205,35 +256,44 @@ def staged_checkpoint(checkpoint: str | Path) -> Iterator[Path]:
         CheckpointError: If it could not be written, for want of space for example. What there was is untouched.
     """
     checkpoint = Path(checkpoint)
-    staging = checkpoint.parent / INCOMPLETE / checkpoint.name
     processes = PartialState()
-    if processes.is_local_main_process:
-        discard(staging.parent)
-    processes.wait_for_everyone()
-    try:
-        yield staging
-        processes.wait_for_everyone()
-        with processes.main_process_first():  # then the nodes that share no file system with the main process
-            if processes.is_local_main_process and staging.is_dir():
-                _publish(staging, checkpoint)
-    except Exception as error:
-        message = (
-            f"{checkpoint} could not be saved: {error}. {describe_disk(checkpoint.parent)}. Earlier checkpoints are "
-            "untouched: make room or mend the disk, then resume from the newest with --resume_from_checkpoint true"
-        )
+    with claimed(checkpoint.parent) as alone:
+        home = broadcast_object_list([unshared(checkpoint.parent / INCOMPLETE, alone)])[0]
         if processes.is_local_main_process:
-            discard(staging.parent)
-        raise CheckpointError(message) from error
+            for leftover in _leftovers(checkpoint.parent) if alone else ():
+                discard(leftover)
+        processes.wait_for_everyone()
+        try:
+            yield home / checkpoint.name
+            processes.wait_for_everyone()
+            with processes.main_process_first():  # then the nodes that share no file system with the main process
+                if processes.is_local_main_process and (home / checkpoint.name).is_dir():
+                    _publish(home / checkpoint.name, checkpoint)
+        except Exception as error:
+            message = (
+                f"{checkpoint} could not be saved: {error}. {describe_disk(checkpoint.parent)}. Earlier checkpoints "
+                "are untouched: make room or mend the disk, then resume from the newest with "
+                "--resume_from_checkpoint true"
+            )
+            if processes.is_local_main_process:
+                discard(home)
+            raise CheckpointError(message) from error
 
 
 def _publish(staging: Path, checkpoint: Path) -> None:
+    _mark(staging)
     flush_tree(staging)
     if checkpoint.exists():
         logger.warning("%s is replaced by a new one of the same step.", checkpoint)
         os.rename(checkpoint, staging.with_name(f"replaced-{checkpoint.name}"))
     os.rename(staging, checkpoint)
-    flush_directory(checkpoint.parent)
+    flush(checkpoint.parent)
     discard(staging.parent)
+
+
+def _leftovers(directory: Path) -> list[Path]:
+    """Return the directories of what is being written to a run's directory, or a kill has left half-written there."""
+    return sorted(directory.glob(f"{INCOMPLETE}*"))
 
 
 def rotate_checkpoints(
@@ -249,13 +309,13 @@ def rotate_checkpoints(
     """
     kept = {path.resolve() for path in (newest, Path(best or newest))}
     others = [c for c in _checkpoints(newest.parent) if c.resolve() not in kept]
-    others = [c for c in others if find_defect(c, state_file, checksums=False) is None]
+    others = [c for c in others if is_whole(c, state_file)]
     others.sort(key=lambda c: (int(c.stat().st_mtime), _step(c)))  # by time: steps of an earlier run may be higher
     surplus = len(others) + len(kept) - limit if limit else 0
     for checkpoint in others[: max(surplus, 0)]:
         # Renamed first: a kill while deleting must not leave half of it under its name.
-        trash = newest.parent / INCOMPLETE
-        trash.mkdir(exist_ok=True)
+        trash = unshared(newest.parent / INCOMPLETE, alone=False)
+        trash.mkdir()
         os.rename(checkpoint, trash / checkpoint.name)
         discard(trash)
 

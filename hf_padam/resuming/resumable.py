@@ -11,17 +11,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_peft_available
 
 from .checkpoints import (
     TRAINER_STATE,
+    claimed,
     loading,
     resolve_checkpoint,
     rotate_checkpoints,
@@ -29,6 +32,7 @@ from .checkpoints import (
 )
 from .interruption import EXIT_STATUS, StopSignal
 from .settings import check_optimizer, check_world_size, hyperparameters, warn_of_other_settings
+from .weights import check_adapters, check_keys, load_weights, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +69,15 @@ class ResumableTrainer(Trainer):
             kwargs: As there.
 
         Raises:
-            CheckpointError: If the named checkpoint is not complete or does not fit, or one cannot be saved.
+            CheckpointError: If the named checkpoint is not complete or does not fit, one cannot be saved, or another
+                run saves its own into the output directory.
             SystemExit: After a SIGTERM, once a checkpoint is saved.
         """
-        checkpoint = resolve_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
-        if checkpoint:
-            self._check_settings(str(checkpoint), _read_run_state(str(checkpoint)).get("settings", {}))
-        with self._stop_signal:
+        directory = str(self.args.output_dir)
+        with nullcontext() if self.args.save_strategy == SaveStrategy.NO else claimed(directory), self._stop_signal:
+            checkpoint = resolve_checkpoint(resume_from_checkpoint, directory)
+            if checkpoint:
+                self._check_settings(str(checkpoint), _read_run_state(str(checkpoint)).get("settings", {}))
             return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _check_settings(self, checkpoint: str, saved: dict[str, Any]) -> None:
@@ -125,7 +131,35 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with loading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not self._load_here(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        assert best is not None  # else this is not called
+        with loading(best):
+            if not self._load_here(best):
+                super()._load_best_model()
+
+    def _load_here(self, checkpoint: str) -> bool:
+        """Load weights as they were saved, or check that the Trainer will; whether that is done."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # these save the names and shapes in memory
+            return False
+        assert self.model is not None  # the Trainer has one from its constructor on
+        if is_peft_available():
+            from peft import PeftModel
+
+            if isinstance(self.model, PeftModel):
+                check_adapters(self.model, checkpoint)
+                return False
+        if not weight_files(checkpoint):
+            return False
+        load_weights(self.model, checkpoint)
+        return True
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Let what is missing or unexpected be an error where the Trainer loads the weights."""
+        check_keys("the checkpoint", set(load_result.missing_keys), set(load_result.unexpected_keys))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

@@ -29,7 +29,6 @@ from transformers import (
 
 from hf_padam import compress, decompress, save_compressed
 from hf_padam.__main__ import main
-from hf_padam.compression import compress as compression
 from hf_padam.compression import model_directory
 from hf_padam.compression.model_directory import ModelDirectory, unpack
 from hf_padam.compression.packing import CompressionError, TensorInfo, pack_chunk
@@ -289,7 +288,7 @@ def test_damaged_weights_are_neither_loaded_nor_decompressed(use, sparse_llama, 
 @pytest.mark.parametrize("use", [AutoModelForCausalLM.from_pretrained, lambda path: decompress(path, f"{path}-back")])
 def test_an_unknown_version_is_refused_by_name(use, sparse_llama, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(compression, "FORMAT_VERSION", 7)
+        patch.setattr("hf_padam.compression.compress.FORMAT_VERSION", 7)
         patch.setattr(model_directory, "FORMAT_VERSION", 7)
         compress(sparse_llama, tmp_path / "compressed")
     with pytest.raises(

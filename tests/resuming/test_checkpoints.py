@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import blocks, options, tiny_llama
-from transformers import Trainer, TrainingArguments
+from conftest import REPOSITORY, blocks, options, tiny_llama
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
 from hf_padam.resuming.checkpoints import (
@@ -215,3 +218,68 @@ def test_a_failed_save_leaves_what_there_was(tmp_path):
             raise RuntimeError("broken")
     assert os.listdir(tmp_path) == ["checkpoint-1"]
     assert (tmp_path / "checkpoint-1" / "file").read_text() == "first"
+
+
+class Writes(TrainerCallback):
+    """Put a file into every checkpoint, or change one that is there."""
+
+    def __init__(self, name, text):
+        self.name, self.text = name, text
+
+    def on_save(self, args, state, control, **kwargs):
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.name).write_text(self.text)
+
+
+def saved(directory, callbacks=(), **more):
+    settings = options(directory, optim_args=None, max_steps=4, save_strategy="steps", save_steps=1) | more
+    trainer = PAdamTrainer(
+        model=tiny_llama(), args=PAdamTrainingArguments(**settings), train_dataset=blocks(), callbacks=list(callbacks)
+    )
+    trainer.train()
+    return sorted(path.name for path in directory.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("predictions.json", '{"a": 1}\n{"a": 2}\n'), ("optimizer_notes.pt", "no archive"), ("notes.safetensors", "not"),
+     ("config.json", "// changed"), ("training_args.bin", "changed")],
+)  # fmt: skip
+def test_what_else_is_put_into_a_checkpoint_does_not_make_it_incomplete(name, text, tmp_path):
+    assert saved(tmp_path, [Writes(name, text)], save_total_limit=2) == ["checkpoint-3", "checkpoint-4"]
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+@pytest.mark.parametrize("harm", [os.unlink, halve, empty])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_of_ours_that_has_lost_something_since_is_passed_over(name, harm, tmp_path):
+    saved(tmp_path)
+    harm(tmp_path / "checkpoint-4" / name)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+
+
+def test_checkpoints_of_the_model_only_are_rotated_and_not_gone_on_from(tmp_path):
+    assert saved(tmp_path, save_only_model=True, save_total_limit=2) == ["checkpoint-3", "checkpoint-4"]
+    assert newest_checkpoint(tmp_path) is None
+    with pytest.raises(CheckpointError, match="checkpoint-4 is not a complete checkpoint: it has no optimizer"):
+        resolve_checkpoint(str(tmp_path / "checkpoint-4"), tmp_path)
+    assert saved(tmp_path, save_total_limit=2, save_steps=3, max_steps=7) == ["checkpoint-6", "checkpoint-7"]
+
+
+def test_a_second_run_into_the_same_directory_is_told_before_it_trains(tmp_path):
+    code = f"import sys; from files import locked\nwith locked({str(tmp_path)!r}): print(); sys.stdin.read()"
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "env": os.environ | {"PYTHONPATH": str(REPOSITORY / "hf_padam")},
+    }
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(CheckpointError, match="cannot hold this run's checkpoints: another process is writing"):
+            saved(tmp_path)
+        with pytest.raises(CheckpointError, match="another process is writing there"):
+            with staged_checkpoint(tmp_path / "checkpoint-1"):
+                pass
+        assert saved(tmp_path, save_strategy="no") == []
+        other.stdin.close()
+    assert len(saved(tmp_path)) == 4
+    assert sorted(os.listdir(tmp_path)) == [f"checkpoint-{step}" for step in range(1, 5)]

@@ -1,0 +1,153 @@
+"""Files and directories appear whole or not at all, whoever else writes there, and wherever they are."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from hf_padam.files import BusyError, WriteError, locked, staged_directory, staged_new_directory, write_atomically
+
+WAYS = {"into": staged_directory, "as": staged_new_directory}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY / "hf_padam")}  # which spares importing the rest of it
+WRITER = """
+import sys
+from files import staged_directory, staged_new_directory
+way = {"into": staged_directory, "as": staged_new_directory}[sys.argv[1]]
+with way(sys.argv[2]) as staging:
+    (staging / "file").write_text("theirs")
+    print("writing", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def other_writer(tmp_path):
+    """Another process that is writing to `out`, in a way that the test names; it ends when told so."""
+    started = []
+
+    def start(way):
+        command = [sys.executable, "-c", WRITER, way, str(tmp_path / "out")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=ENVIRONMENT, **pipes))
+        assert started[0].stdout.readline() == "writing\n"
+        return started[0]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_second_writer_is_told_and_the_first_ones_files_come_out_whole(way, other_writer, tmp_path):
+    writer = other_writer(way)
+    with pytest.raises(BusyError, match="another process is writing there.*wait until it has ended"):
+        with WAYS[way](tmp_path / "out"):
+            pass
+    writer.communicate("\n")
+    assert writer.returncode == 0 and (tmp_path / "out" / "file").read_text() == "theirs"
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["file"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_writer_that_is_killed_holds_nothing_up_and_leaves_nothing_behind(way, other_writer, tmp_path):
+    writer = other_writer(way)
+    writer.kill()
+    writer.wait()
+    with WAYS[way](tmp_path / "out") as staging:
+        (staging / "file").write_text("mine")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["file"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_where_nothing_can_be_locked_writers_have_directories_of_their_own(way, tmp_path, monkeypatch):
+    def unsupported(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with WAYS[way](tmp_path / "out") as first:
+        (first / "file").write_text("first")
+        with monkeypatch.context() as other:
+            other.setattr("hf_padam.files._locked", {})  # as in another process
+            with WAYS[way](tmp_path / "out") as second:
+                assert second != first and not list(second.iterdir())
+                (second / "file").write_text("second")
+        assert (first / "file").read_text() == "first"
+        if way == "as":
+            (tmp_path / "out" / "file").unlink()  # else it is not empty
+    assert (tmp_path / "out" / "file").read_text() == "first"
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["file"]
+
+
+def test_a_lock_may_be_asked_for_again_by_its_holder_but_not_inherited_by_its_children(tmp_path):
+    with locked(tmp_path) as alone, locked(tmp_path) as again:
+        assert alone and again
+        child = os.fork()
+        if not child:
+            try:
+                with locked(tmp_path):
+                    os._exit(0)
+            except BusyError:
+                os._exit(3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    with locked(tmp_path) as alone:
+        assert alone
+
+
+@pytest.mark.parametrize("mount", ["mount -t tmpfs tmpfs mounted", "mount --bind elsewhere mounted"])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_empty_mount_point_is_written_to(way, mount, tmp_path):
+    (tmp_path / "mounted").mkdir()
+    (tmp_path / "elsewhere" / "lost+found").mkdir(parents=True)
+    prefix = ["unshare", "-rm", "sh", "-c", f'{mount} && "$@" && cat mounted/file', "sh"]
+    try:
+        permitted = not subprocess.run([*prefix[:-2], f"{mount}", "sh"], cwd=tmp_path, capture_output=True).returncode
+    except FileNotFoundError:
+        permitted = False
+    if not permitted:
+        pytest.skip("runs where a user may mount in a namespace of their own (unshare -rm)")
+    command = [*prefix, sys.executable, "-c", WRITER, way, "mounted"]
+    run = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, input="\n", capture_output=True, text=True)
+    assert run.stdout == "writing\ntheirs", run.stderr
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_flush_directories_is_good_enough(code, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def of_files_only(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    for way in WAYS.values():
+        with way(tmp_path / way.__name__) as staging:
+            (staging / "file").touch()
+    write_atomically(tmp_path / "file", "text")
+
+
+def test_a_flush_that_fails_is_an_error(tmp_path, monkeypatch):
+    def broken(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    for way in WAYS.values():
+        with pytest.raises(WriteError, match="could not be written: .*Input/output error.*GB free"):
+            with way(tmp_path / "out") as staging:
+                (staging / "file").touch()
+    assert not list(Path(tmp_path).rglob("file"))
+
+
+def test_written_files_have_the_modes_of_any_other(tmp_path):
+    (tmp_path / "usual").touch()
+    write_atomically(tmp_path / "ours", "text")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
