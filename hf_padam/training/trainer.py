@@ -78,7 +78,9 @@ class PAdamTrainer(DistillingTrainer):
         settings = super()._settings() | {_ADDED_DECAY: asks_for_decay(self.args)}
         settings |= {name: getattr(options_of(self.args), name) for name in SCHEDULE}
         if asks_for_decay(self.args) or OptimizerNames(self.args.optim).value in OPTIMIZERS:
-            names = self.decayed_names()
+            assert self.model is not None
+            chosen = set(self.decayed_names())
+            names = [name for name, _ in self.model.named_parameters() if name in chosen]  # whatever the groups' order
             digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
             settings[_DECAYED] = f"{len(names)} weights (hash of their names: {digest[:8]})"
         return settings

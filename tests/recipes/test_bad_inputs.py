@@ -76,7 +76,7 @@ def complain(monkeypatch, capfd, tmp_path, model_dir, text_file):
         ({"streaming": True, "max_steps": -1}, "--streaming.*give --max_steps"),
         # the training
         ({"optim": "padma"}, "padma.*padam"),
-        ({"p_norm": 0}, "p_norm=0.0 is not allowed: it must be a positive"),
+        ({"p_norm": "inf"}, "p_norm=inf is not allowed: it must be a finite number"),
         ({"p_norm": "half"}, "p_norm.*half"),
         ({"lambda_p": -1}, "lambda_p=-1.0 is not allowed"),
         ({"learning_rate": -1e-3}, "lr=-0.001 is not allowed"),
@@ -179,7 +179,7 @@ def test_the_other_recipe_complains_alike(complain):
     script = SCRIPT.replace("finetune_clm", "finetune_clm_no_trainer")
     plain = {"use_cpu": None, "script": script}
     assert "unknown option --optim" in complain(optim="padam", **plain)
-    assert "p_norm=-1.0 is not allowed" in complain(p_norm=-1, **plain)
+    assert "p_norm_start=inf is not allowed" in complain(p_norm_start="inf", **plain)
     assert "sawtooth" in complain(lr_scheduler_type="sawtooth", **plain)
     assert "--report_to foo" in complain(**plain | {"report_to": "foo"})
     assert "too small" in complain(per_device_train_batch_size=0, **plain)

@@ -291,7 +291,9 @@ def test_whole_comparisons_come_first_seed_by_seed_and_settings_may_have_seeds_o
     assert not any("seeds" in job.options for job in jobs.values())
 
 
-def test_parts_of_a_plan_are_run_and_tabled_beside_what_is_finished_and_test_losses_too(tmp_path, monkeypatch, capsys):
+def test_parts_of_a_plan_are_run_and_tabled_beside_what_is_finished_and_test_losses_too(
+    tmp_path, text_file, monkeypatch
+):
     ran = []
 
     class Runner(compare.Runner):
@@ -305,8 +307,12 @@ def test_parts_of_a_plan_are_run_and_tabled_beside_what_is_finished_and_test_los
                 (job.output_dir / "options.json").write_text(job.request)
             return self.finished(job)
 
+    text = ["--train_file", str(text_file)]
+
     def rows(*options: str) -> list[tuple[str, str, str]]:
-        monkeypatch.setattr(sys, "argv", ["compare.py", str(file), "--output_dir", str(tmp_path / "out"), *options])
+        monkeypatch.setattr(
+            sys, "argv", ["compare.py", str(file), "--output_dir", str(tmp_path / "out"), *options, *text]
+        )
         compare.main()
         table = csv.DictReader((tmp_path / "out" / "pareto.csv").open())
         return [(row["method"], row["seed"], row["test_loss"]) for row in table]

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
-from hf_padam.resuming.checkpoints import CheckpointError
+from hf_padam.resuming.checkpoints import MARKER, CheckpointError
 from hf_padam.resuming.weights import load_weights
 
 TEXT = dict(
@@ -178,6 +178,7 @@ def test_tensors_that_are_missing_unexpected_or_misshapen_are_an_error(name, har
     saved = load_file(file)
     harm(saved)
     save_file(saved, file, {"format": "pt"})
+    (tmp_path / "checkpoint-1" / MARKER).unlink()  # which would tell that the file has changed
     with pytest.raises(
         CheckpointError, match="is of another model: it (lacks|has).*Give the model that the run began"
     ):

@@ -45,6 +45,7 @@ HEAD = "The p-norm decay acts on 14 of 28 tensors, 18,432 of 21,920 weights:\n  
     ids=str,
 )
 def test_padam_trainer_lists_once_what_decays(more, says, tmp_path, capsys):
+    logging.set_verbosity_warning()  # another test may have changed it
     padam_trainer(tmp_path, **more).train()
     assert capsys.readouterr().err.count(HEAD) == says
     logging.set_verbosity_warning()
