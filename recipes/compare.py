@@ -140,7 +140,7 @@ def main() -> None:
                 raise UsageError(f"--{name} {value} is not among the plan's: {', '.join(map(str, plan[name]))}")
     directory = check_output_dir(args.output_dir)
     jobs = plan_jobs(plan, extra, directory)
-    for job in {key[:2]: jobs[key] for key in reversed(jobs)}.values():  # of the first seed that it has
+    for job in {key[:2]: job for key, job in jobs.items()}.values():  # of one seed
         check_options(job)
     runner = Runner(args.jobs)
     asked = {

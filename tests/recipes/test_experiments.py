@@ -365,7 +365,7 @@ def test_compare_tables_every_method_and_takes_up_what_is_finished(tmp_path, tex
         ({"recipe": "nothing.py"}, "recipe is 'nothing.py'; it must be one of pretrain_char.py"),
         (
             {"methods": {"AdamW": [{"prune_ot": 0.5}], "gradual": [{}]}},
-            "adamw_prune_ot_0.5-seed1: unknown option --prune_ot (did you mean --prune_to?)",
+            "adamw_prune_ot_0.5-seed2: unknown option --prune_ot (did you mean --prune_to?)",
         ),
         ({"dense": "Adam"}, "dense is 'Adam', which is not among the methods"),
         ({"methods": {"AdamW": [], "gradual": 3}}, "must be a list of mappings"),
