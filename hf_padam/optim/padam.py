@@ -293,11 +293,22 @@ class PAdam(Optimizer):
         return [(int(key[0]), bucket[1 : 6 if follows else 5], bucket[0]) for key, bucket in buckets.items()]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load groups and state, in the dtype they were saved in; torch would cast state to the parameter's dtype."""
+        """Load groups and state, in the dtype they were saved in; torch would cast state to the parameter's dtype.
+
+        Raises:
+            ValueError: If the state is of other groups, or of the same named parameters in another order: torch goes
+                by place, and would give it to other parameters.
+        """
         seen: dict[str, Any] = {}
 
         def remember(_: Optimizer, incoming: dict[str, Any]) -> None:
             seen.update(incoming)  # registered last, so it sees what every other hook has made of the dict
+            saved, own = (
+                [name for group in groups for name in group.get("param_names", ())]
+                for groups in (incoming["param_groups"], self.param_groups)
+            )
+            if saved != own and sorted(saved) == sorted(own):
+                raise ValueError("loaded state dict has the parameters of a parameter group in another order or group")
 
         handle = self.register_load_state_dict_pre_hook(remember)
         try:

@@ -158,12 +158,27 @@ def test_a_run_with_shares_by_modules_goes_on_exactly_and_other_modules_are_refu
     resumed = trainer(SHARES)
     resumed.train(resume_from_checkpoint=checkpoint)
     assert all(map(torch.equal, whole.model.parameters(), resumed.model.parameters()))
-    for others in ({"mlp": 0.8}, {"attn": 0.5, "mlp": 0.8}, {"layers.0": 0.8, "layers.1": 0.5}):
+    halves = {"layers.0": 0.8, "layers.1": 0.5}
+    for others in ({"mlp": 0.8}, {"attn": 0.5, "mlp": 0.8}, halves):
         with pytest.raises(
             CheckpointError,
             match="modules of target_sparsity as they were|is of other parameter groups: .*target_sparsity",
         ):
             trainer(others).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_state_of_the_same_sizes_in_another_order_is_refused():
+    """Else each layer would go on with the moments of the other."""
+
+    def optimizer(shares):
+        return PAdam(get_param_groups(tiny_llama(), target_sparsity=shares), lr=1e-3)
+
+    state = optimizer({"layers.0": 0.8, "layers.1": 0.5}).state_dict()
+    other = optimizer({"layers.1": 0.5, "layers.0": 0.8})
+    with pytest.raises(ValueError, match="in another order"):
+        other.load_state_dict(state)
+    assert [group["target_sparsity"] for group in other.param_groups[:2]] == [0.5, 0.8]
+    optimizer({"layers.0": 0.8, "layers.1": 0.5}).load_state_dict(state)
 
 
 def test_groups_without_a_target_are_not_steered_to_the_groups_own():
