@@ -18,8 +18,8 @@ from .param_groups import decayed_parameters
 IGNORED = -100
 """The label of what is not predicted."""
 
-_CHUNK = {"cpu": 2**19, "cuda": 2**24}
-"""Logits that are copied to fp32 at a time: what stays in a CPU's cache; enough for a GPU to be busy."""
+_CHUNK = {"cpu": 2**18, "cuda": 2**24}
+"""Logits that are taken in fp32 at a time: what stays in a CPU's cache; enough for a GPU to be busy."""
 
 
 def sequence_nll(logits: Tensor, labels: Tensor, *, shift: bool = True) -> tuple[Tensor, Tensor]:
@@ -46,8 +46,8 @@ def following(labels: Tensor) -> Tensor:
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the negative log-likelihood of what every position predicts, 0 where that is -100.
 
-    Some rows of the vocabulary at a time: a copy of all logits in fp32 would be the largest tensor of an evaluation,
-    and a cross entropy over any dimension but the last is slow and, on CPUs, sums naively.
+    Some rows of the vocabulary at a time: those of all in fp32 would be the largest tensor of an evaluation, and a
+    cross entropy over any dimension but the last is slow and, on CPUs, sums naively.
 
     Args:
         logits: (batch, length, vocabulary).

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
@@ -223,7 +223,7 @@ class PAdamTrainer(DistillingTrainer):
             return False
         shifts = getattr(self, "_loss_shifts_labels", None)  # not in every version of Transformers
         counted_alike = not self.model_accepts_loss_kwargs or shifted or shifts is (meter.aligned is following)
-        return counted_alike and type(self).compute_loss is Trainer.compute_loss
+        return counted_alike and type(self).compute_loss is DistillingTrainer.compute_loss
 
     def _own_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         with self.compute_loss_context_manager():

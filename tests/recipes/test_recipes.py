@@ -96,6 +96,24 @@ def test_both_recipes_do_the_same_job(tmp_path, model_dir, text_file):
         assert results[0][key] == pytest.approx(results[1][key], rel=1e-4), key
 
 
+def test_both_recipes_take_the_same_steps_of_what_is_left_over_at_the_end_of_an_epoch(tmp_path, model_dir):
+    """3 batches of which 2 make a step; all blocks are alike, so that their order cannot matter."""
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefg\n" * 12)
+    results = []
+    for recipe in RECIPES:
+        config = write_config(
+            tmp_path, model_name_or_path=model_dir, train_file=text, validation_file=text, test_file=text,
+            output_dir=tmp_path / recipe, block_size=16, per_device_train_batch_size=2, max_steps=-1,
+            gradient_accumulation_steps=2, num_train_epochs=2.5, max_grad_norm=0.5,
+        )  # fmt: skip
+        assert run_recipe(recipe, config).returncode == 0
+        results.append(json.loads((tmp_path / recipe / "results.json").read_text()))
+    assert [result["train_steps"] for result in results] == [5, 5]
+    for key in ("test_perplexity", "sparsity"):
+        assert results[0][key] == pytest.approx(results[1][key], rel=1e-5), key
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(tmp_path, model_dir, text_file, recipe):
     """With everything that moves."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import runpy
 import sys
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from hf_padam import (
     add_pnorm_decay,
     decayed_parameters,
     get_param_groups,
+    sequence_nll,
 )
 from hf_padam.sparsity import count_model_zeros, summarize
 from hf_padam.training.distillation import Distillation
@@ -67,6 +70,62 @@ def pad_any(pad):
         return pad([{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows])
 
     return collate
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows of unknown number; each of several workers reads its own."""
+
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = torch.utils.data.get_worker_info()
+        return iter(self.rows[worker.id :: worker.num_workers] if worker else self.rows)
+
+
+def perplexities(output_dir: str) -> dict:
+    """Evaluate in every way that rows come to processes; the expected value is of one row at a time."""
+    from test_trainer import pad, ragged
+
+    model = tiny_llama(initializer_range=0.3).eval()
+    whole = {False: blocks(9, 8), True: ragged((4, 5))}
+    expected = {}
+    for is_ragged, rows in whole.items():
+        for count in (1, 9):
+            sums = torch.zeros(2, dtype=torch.float64)
+            for row in rows[:count]:
+                batch = {key: torch.tensor([row[key]]) for key in ("input_ids", "labels")}
+                with torch.no_grad():
+                    nll, tokens = sequence_nll(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+                sums += torch.stack([nll[0], tokens[0]])
+            expected[is_ragged, count] = math.exp(sums[0] / sums[1])
+    undispatched = {"accelerator_config": {"dispatch_batches": False}}
+    split = {"accelerator_config": {"split_batches": True, "dispatch_batches": False}}
+    size = {"per_device_eval_batch_size": 2}
+    split_size = {"per_device_eval_batch_size": 2 * dist_size()}
+    situations: dict[str, tuple[bool, bool, int, dict]] = {
+        "with a length": (False, False, 9, size),
+        "with a length, ragged": (True, False, 9, size),
+        "with a length, split": (False, False, 9, split | split_size),
+        "dispatched": (False, True, 9, size),
+        "stream": (False, True, 9, size | undispatched),
+        "ragged stream": (True, True, 9, size | undispatched),
+        "split stream": (False, True, 9, split | split_size),
+        "stream of one": (False, True, 1, size | undispatched),
+        "stream in workers": (True, True, 9, size | undispatched | {"dataloader_num_workers": 2}),
+    }
+    found = {}
+    for name, (is_ragged, streams, count, more) in situations.items():
+        rows = whole[is_ragged][:count]
+        args = PAdamTrainingArguments(output_dir, use_cpu=True, report_to="none", disable_tqdm=True, **more)
+        data = Stream(rows) if streams else rows
+        trainer = PAdamTrainer(model=model, args=args, eval_dataset=data, data_collator=pad)
+        found[name] = trainer.evaluate()["eval_perplexity"]
+    return {"found": found, "expected": {name: expected[kind[0], kind[2]] for name, kind in situations.items()}}
+
+
+def dist_size() -> int:
+    return int(os.environ["WORLD_SIZE"])
 
 
 def shard() -> dict:

@@ -12,7 +12,8 @@ import torch
 from conftest import OPTIM_ARGS, REPOSITORY, blocks, character_tokenizer, options, tiny_llama
 from datasets import Dataset
 from torch import nn
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments, decayed_parameters, get_param_groups
 
@@ -277,3 +278,124 @@ def test_an_evaluation_without_a_predicted_token_does_not_end_a_run(tmp_path):
     rows = [{"input_ids": row["input_ids"], "labels": [-100] * 32} for row in blocks(4)]
     trainer = PAdamTrainer(model=tiny_llama(), args=PAdamTrainingArguments(**options(tmp_path)), eval_dataset=rows)
     assert math.isnan(trainer.evaluate()["eval_perplexity"])
+
+
+class Record(TrainerCallback):
+    """What the steps were taken with, and what they made."""
+
+    def __init__(self):
+        self.p_norms, self.lambdas = [], []
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.p_norms.append(optimizer.param_groups[0].get("p_norm"))
+        self.lambdas.append(optimizer.param_groups[0].get("lambda_p"))
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.weights = [param.detach().clone() for param in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("searched", "more"),
+    [
+        ({"p_norm_schedule": "linear"}, {}),
+        ({"p_norm_schedule": "cosine", "p_norm_start": 1.6, "p_norm_schedule_share": 0.8}, {}),
+        ({"p_norm_start": 1.5}, {"p_norm_schedule": "linear"}),
+        ({"p_norm_schedule": "constant"}, {"p_norm_schedule": "linear"}),
+        ({"target_sparsity": 0.4, "target_start": 0.25, "target_end": 0.75}, {}),
+        ({"target_sparsity": 0.4, "target_scope": "layer"}, {}),
+        ({"lambda_p": 0.2, "p_norm": 0.6}, {"optim": "adamw_torch"}),
+        ({"lambda_p": 0.2, "p_norm_schedule": "linear"}, {"optim": "adamw_torch"}),
+    ],
+    ids=str,
+)
+def test_what_a_hyperparameter_search_sets_acts_as_if_it_had_been_given(tmp_path, searched, more):
+    def trainer(record, **given):
+        args = PAdamTrainingArguments(**options(tmp_path, optim_args=None, max_steps=8) | more | given)
+        rows = blocks(16, 8)
+        return PAdamTrainer(
+            model_init=lambda: tiny_llama(), args=args, train_dataset=rows, eval_dataset=rows[:2], callbacks=[record]
+        )
+
+    given, found = Record(), Record()
+    trainer(given, **searched).train()
+    space = {key: [value] for key, value in searched.items()}
+    trainer(found).hyperparameter_search(
+        hp_space=lambda trial: {key: trial.suggest_categorical(key, values) for key, values in space.items()},
+        n_trials=1,
+        backend="optuna",
+    )
+    assert found.p_norms == given.p_norms and found.lambdas == given.lambdas
+    assert all(torch.equal(a, b) for a, b in zip(found.weights, given.weights, strict=True))
+
+
+def test_a_bad_schedule_from_a_search_is_refused_before_the_first_step(tmp_path):
+    args = PAdamTrainingArguments(**options(tmp_path, optim_args=None))
+    trainer = PAdamTrainer(model=tiny_llama(), args=args, train_dataset=blocks())
+    trainer.args.p_norm_schedule_share = 2.0
+    with pytest.raises(ValueError, match="p_norm_schedule_share=2.0 is not allowed"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the reads of tensors by the host, each of which waits for a GPU, if they are on one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_more_from_the_device_than_transformers_own(tmp_path):
+    def reads(trainer_class, args_class, steps):
+        given = options(tmp_path, optim="sgd", optim_args=None, max_steps=steps, logging_strategy="no")
+        args = args_class(**given, logging_nan_inf_filter=False)
+        trainer = trainer_class(model=tiny_llama(), args=args, train_dataset=blocks(8, 8))
+        with HostReads() as counted:
+            trainer.train()
+        return counted.count
+
+    own = reads(Trainer, TrainingArguments, 8) - reads(Trainer, TrainingArguments, 3)
+    assert reads(PAdamTrainer, PAdamTrainingArguments, 8) - reads(PAdamTrainer, PAdamTrainingArguments, 3) == own
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("when", ["log", "save", "end"])
+def test_without_waiting_gradients_that_are_not_finite_are_found_before_anything_is_told_of_them(
+    tmp_path, value, when, monkeypatch
+):
+    more = {"save": {"save_strategy": "steps", "save_steps": 4}, "log": {"logging_steps": 4}}.get(when, {})
+    given = options(tmp_path, max_steps=7, logging_steps=100, logging_nan_inf_filter=False)
+    trainer = PAdamTrainer(model=tiny_llama(), args=PAdamTrainingArguments(**given | more), train_dataset=blocks())
+    clip = trainer._clip_grad_norm
+
+    def spoiled(model):
+        if trainer.state.global_step == 2:
+            next(model.parameters()).grad[0, 0] = value
+        return clip(model)
+
+    monkeypatch.setattr(trainer, "_clip_grad_norm", spoiled)
+    with pytest.raises(FloatingPointError, match=f"of a step from 1 to {7 if when == 'end' else 4} was not finite"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*")) and not trainer.state.log_history
+
+
+@pytest.mark.parametrize(
+    ("warns", "dtype", "more"),
+    [
+        (True, torch.bfloat16, {"learning_rate": 2e-5}),
+        (True, torch.bfloat16, {"learning_rate": 2e-5, "warmup_steps": 10}),
+        (False, torch.bfloat16, {"learning_rate": 2e-5, "optim_args": OPTIM_ARGS + ",bf16_stochastic_round=true"}),
+        (False, torch.bfloat16, {"learning_rate": 1e-2}),
+        (False, torch.float32, {"learning_rate": 2e-5}),
+        (False, torch.bfloat16, {"learning_rate": 2e-5, "optim": "adamw_torch", "optim_args": None}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("trainer_class", [Trainer, PAdamTrainer])
+def test_updates_that_bf16_weights_would_lose_are_warned_of_once(tmp_path, caplog, trainer_class, warns, dtype, more):
+    args = TrainingArguments(**options(tmp_path, max_steps=2, **more))
+    trainer_class(model=tiny_llama().to(dtype), args=args, train_dataset=blocks(8, 8)).train()
+    assert caplog.text.count("bf16_stochastic_round=true") == warns
