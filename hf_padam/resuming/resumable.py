@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -281,7 +282,8 @@ class _Follow(TrainerCallback):
     """Keep track of where a run is. After a SIGTERM, save once the step is logged and evaluated as due; then exit."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
-        self.trainer, self.stopping = trainer, False
+        self.trainer = weakref.proxy(trainer)  # whose loader's workers would wait for a circle's end
+        self.stopping = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
