@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator, get_scheduler
 
 from hf_padam import PAdam, Perplexity, PNormScheduler, TargetSparsity, WeightSparsity, get_param_groups
+from hf_padam.resuming.checkpoints import claimed
 from hf_padam.resuming.interruption import EXIT_STATUS, StopSignal
 from hf_padam.training.gradients import check_gradient_norm
 from hf_padam.training.metrics import sequence_nll
@@ -137,7 +138,7 @@ def main() -> None:
     # 4. Training.
     model.train()
     bar = tqdm(total=total_steps, initial=progress.step, desc="Training", disable=not accelerator.is_main_process)
-    with StopSignal() as stop:
+    with claimed(output_dir), StopSignal() as stop:
         while progress.step < total_steps:
             loaders["train"].set_epoch(progress.epoch)
             for batch in accelerator.skip_first_batches(loaders["train"], progress.batches):

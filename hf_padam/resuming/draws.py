@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 _DEPTH, _WIDTH = 4, 100  # how far, and through how large containers, generators are looked for
+_NOT_SEARCHED = (torch.Tensor, torch.nn.Module, ModuleType, type, logging.Logger)
 _METHODS = ("__call__", "__getitem__", "__getitems__", "__iter__", "torch_call")
 
 
@@ -42,6 +43,7 @@ class Place:
     def __init__(self, seed: int, process: int, apart: bool = True) -> None:
         self.seed, self.process, self.apart = seed, process, apart
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may outlive an epoch
+        self._warned = False
 
     @property
     def epoch(self) -> int:
@@ -57,6 +59,45 @@ class Place:
         text = repr((self.seed, self.epoch, *place))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
+    @contextmanager
+    def prepares(self, seed: int) -> Iterator[None]:
+        """Prepare something in a state of its own, or watch whether the run's is used."""
+        if self.apart:
+            with _state(seed):
+                yield
+            return
+        before = _digest(_get_state())
+        yield
+        if _digest(_get_state()) != before:
+            self.warn()
+
+    def iterate(self, iterable: Iterable[Any], seed: int) -> Iterator[Any]:
+        """Iterate in a state of its own: what is drawn between two items does not disturb it, nor it that."""
+        iterator = None
+        with _state(seed):
+            inner = _get_state()
+        while True:
+            with self.prepares(seed):
+                if self.apart:
+                    _set_state(inner)
+                iterator = iter(iterable) if iterator is None else iterator
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+                inner = _get_state()
+            yield item
+
+    def warn(self) -> None:
+        """Warn, once, that what is drawn is not what the interrupted run would have drawn."""
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "The data are prepared with random draws (masking, for example), and the checkpoint that this run "
+                "goes on from, which other code or an older version wrote, does not say which are next: what follows "
+                "is not exactly what the interrupted run would have done.",
+            )
+
 
 def settle_draws(loader: Any, place: Place) -> None:
     """Let everything that a data loader draws depend on the place of a batch in the run.
@@ -70,13 +111,13 @@ def settle_draws(loader: Any, place: Place) -> None:
     if type(base) is not DataLoader or (base.batch_size is None and base.batch_sampler is None):
         return
     prepare = _Prepare(base.dataset, base.collate_fn, place, stream)
-    vars(base).update(collate_fn=prepare)  # past torch's guard, which is for changes of what is loaded
+    changes: dict[str, Any] = {
+        "dataset": _Stream(base.dataset, prepare) if stream else _Indices(base.dataset),
+        "collate_fn": prepare,
+    }
     if not stream:
-        vars(base).update(dataset=_Indices(base.dataset))
-    elif place.apart:
-        vars(base).update(dataset=_Stream(base.dataset, prepare))
-    if place.apart and not stream:
-        vars(base).update(batch_sampler=_Numbers(base.batch_sampler, place))
+        changes["batch_sampler"] = _Numbers(base.batch_sampler, place)
+    vars(base).update(changes)  # past torch's guard, which is for changes of what is loaded
     if place.apart and base.persistent_workers and base.generator is None:
         # Workers are started once in a run, in a resumed run twice: what that draws must not be the model's.
         vars(base).update(generator=torch.Generator().manual_seed(place.key("workers")))
@@ -100,36 +141,19 @@ class _Prepare:
         self.initial = [_first_state(generator) for generator in self._generators()]
 
     def __call__(self, batch: Any) -> Any:
-        if not self.place.apart:
-            return self._watched(batch)
         worker = get_worker_info() if self.stream else None
         number = (worker and worker.id, self.number) if self.stream else batch.number
         self.number += 1
-        with _state(self.place.key("batch", self.place.process, number)) as seed:
+        seed = self.place.key("batch", self.place.process, number)
+        with self.place.prepares(seed):
             self.reseed(seed)
-            return self._prepared(batch)
-
-    def _prepared(self, batch: Any) -> Any:
-        return self.collate(batch if self.stream else _fetch(self.dataset, batch))
-
-    def _watched(self, batch: Any) -> Any:
-        before = _digest(_get_state())
-        prepared = self._prepared(batch)
-        if _digest(_get_state()) != before and not self.warned:
-            self.warned = True
-            logger.warning(
-                "The data are prepared with random draws (masking, for example), and the checkpoint that this run "
-                "goes on from, which other code or an older version wrote, does not say which are next: what follows "
-                "is not exactly what the interrupted run would have done.",
-            )
-        return prepared
+            return self.collate(batch if self.stream else _fetch(self.dataset, batch))
 
     def reseed(self, seed: int) -> None:
         """Set the generators that collator, dataset and their functions own, by the states that they began with."""
         generators = self._generators()
-        for index, (generator, initial) in enumerate(zip(generators, self.initial, strict=False)):
-            _seed(generator, self.place.key("own", seed, index, initial))
-        if len(generators) > len(self.initial) and not self.warned:
+        _reseed(generators, self.initial, self.place, seed)
+        if self.place.apart and len(generators) > len(self.initial) and not self.warned:
             self.warned = True
             logger.warning(
                 "The data are prepared with a random generator that was made while they are (%s): what a resumed run "
@@ -170,9 +194,9 @@ class _Stream(IterableDataset):
         self.prepare.number = 0
         place, worker = self.prepare.place, get_worker_info()
         seed = place.key("stream", worker and worker.id)
-        if place.epoch:  # in the first, its own generators are as they were made
+        if place.epoch:  # as for the order
             self.prepare.reseed(seed)
-        return _apart(self.dataset, seed)
+        return place.iterate(self.dataset, seed)
 
     def __len__(self) -> int:
         return len(self.dataset)  # a TypeError, as without this method, if it has no length
@@ -189,10 +213,10 @@ class _Numbers:
         self.initial = [_first_state(generator) for generator in _owned(sampler)]
 
     def __iter__(self) -> Iterator[_Batch]:
-        if self.place.epoch:
-            for index, (generator, initial) in enumerate(zip(_owned(self.inner), self.initial, strict=False)):
-                _seed(generator, self.place.key("order", index, initial))
-        for number, indices in enumerate(_apart(self.inner, self.place.key("order"))):
+        seed = self.place.key("order")
+        if self.place.epoch:  # in the first, its own generators are as they were made
+            _reseed(_owned(self.inner), self.initial, self.place, seed)
+        for number, indices in enumerate(self.place.iterate(self.inner, seed)):
             batch = _Batch(indices)
             batch.number = number
             yield batch
@@ -232,39 +256,17 @@ def _set_state(state: tuple[Any, ...]) -> None:
     torch.set_rng_state(torch.from_numpy(state[2]))
 
 
-def _set_seed(seed: int) -> None:
+@contextmanager
+def _state(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's generators for a block, and put them back as they were."""
+    outer = _get_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)  # not `torch.manual_seed`, which would seed every device
-
-
-@contextmanager
-def _state(seed: int) -> Iterator[int]:
-    """Seed Python's, NumPy's and torch's generators for a block, and put them back as they were."""
-    outer = _get_state()
-    _set_seed(seed)
     try:
-        yield seed
+        yield
     finally:
         _set_state(outer)
-
-
-def _apart(iterable: Iterable[Any], seed: int) -> Iterator[Any]:
-    """Iterate with generators of its own: what is drawn between two items does not disturb it, nor it that."""
-    with _state(seed):
-        inner, iterator = _get_state(), None
-    while True:
-        outer = _get_state()
-        _set_state(inner)
-        try:
-            iterator = iter(iterable) if iterator is None else iterator
-            item = next(iterator)
-        except StopIteration:
-            return
-        finally:
-            inner = _get_state()
-            _set_state(outer)
-        yield item
 
 
 def _owned(thing: Any) -> Iterator[Any]:
@@ -299,7 +301,7 @@ def _parts(thing: Any) -> Iterable[Any]:
         held = getclosurevars(thing)
         named = [value for value in held.globals.values() if isinstance(value, (*_GENERATORS, FunctionType))]
         return [*held.nonlocals.values(), *named]
-    if isinstance(thing, torch.Tensor | torch.nn.Module | ModuleType | type) or not hasattr(thing, "__dict__"):
+    if isinstance(thing, _NOT_SEARCHED) or not hasattr(thing, "__dict__"):
         return ()
     methods = [getattr(type(thing), name, None) for name in _METHODS]
     return [*vars(thing).values(), *(method for method in methods if isinstance(method, FunctionType))]
@@ -325,6 +327,15 @@ def _state_of(generator: Any) -> Any:
 
 def _digest(state: Any) -> str:
     return hashlib.blake2b(pickle.dumps(state), digest_size=8).hexdigest()
+
+
+def _reseed(generators: Iterable[Any], initial: Sequence[str], place: Place, seed: int) -> None:
+    """Set generators by a seed and the states that they began with; where draws are not apart, warn of them."""
+    for index, (generator, began) in enumerate(zip(generators, initial, strict=False)):
+        if not place.apart:
+            place.warn()
+            return
+        _seed(generator, place.key(seed, index, began))
 
 
 def _seed(generator: Any, seed: int) -> None:
