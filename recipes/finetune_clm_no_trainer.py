@@ -32,6 +32,7 @@ from transformers import default_data_collator, get_scheduler
 
 from hf_padam import PAdam, PNormScheduler, TargetSparsity, WeightSparsity, decayed_parameters, get_param_groups
 from hf_padam.optim.hyperparameters import DEFAULT_LAMBDA_P
+from hf_padam.resuming.checkpoints import claimed
 from hf_padam.resuming.interruption import EXIT_STATUS, StopSignal
 from hf_padam.training.gradients import check_gradient_norm
 from hf_padam.training.lost_updates import warn_of_lost_updates
@@ -164,7 +165,7 @@ def main() -> None:
     # 4. Training.
     model.train()
     bar = tqdm(total=total_steps, initial=progress.step, desc="Training", disable=not accelerator.is_main_process)
-    with StopSignal() as stop:
+    with claimed(output_dir), StopSignal() as stop:
         while progress.step < total_steps:
             loaders["train"].set_epoch(progress.epoch)
             for batch in accelerator.skip_first_batches(loaders["train"], progress.batches):

@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.training_args import OptimizerNames
@@ -30,6 +32,7 @@ from .checkpoints import (
     rotate_checkpoints,
     staged_checkpoint,
 )
+from .draws import Place, are_settled, settle_draws
 from .interruption import EXIT_STATUS, StopSignal
 from .settings import check_optimizer, check_world_size, hyperparameters, warn_of_other_settings
 from .weights import check_adapters, check_keys, load_weights, weight_files
@@ -41,6 +44,7 @@ _SETTINGS = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
     "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16", "fp16",
 )  # fmt: skip
+_BATCH_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 
 
 class ResumableTrainer(Trainer):
@@ -58,7 +62,12 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._stop_signal = StopSignal()
         self._staging: Path | None = None
-        self.add_callback(_StopAtSigterm(self))
+        self._resumed: dict[str, Any] = {}  # what `_complete` had written into the checkpoint to go on from
+        self._place = self._begin(apart=True)
+        self._batches = self._first_step = 0
+        self._epoch_ended = False
+        self._last_step: tuple[Any, Any] = None, None  # gradient norm and learning rate
+        self.add_callback(_Follow(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; see `transformers.Trainer.train`.
@@ -76,8 +85,10 @@ class ResumableTrainer(Trainer):
         directory = str(self.args.output_dir)
         with nullcontext() if self.args.save_strategy == SaveStrategy.NO else claimed(directory), self._stop_signal:
             checkpoint = resolve_checkpoint(resume_from_checkpoint, directory)
+            self._resumed = _read_run_state(checkpoint)
+            self._place = self._begin(apart=not checkpoint or self._resumed.get("draws_apart", False))
             if checkpoint:
-                self._check_settings(str(checkpoint), _read_run_state(str(checkpoint)).get("settings", {}))
+                self._check_settings(str(checkpoint), self._resumed.get("settings", {}))
             return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _check_settings(self, checkpoint: str, saved: dict[str, Any]) -> None:
@@ -88,12 +99,83 @@ class ResumableTrainer(Trainer):
         if "optim" in saved:
             check_optimizer(checkpoint, saved["optim"], OptimizerNames(self.args.optim).value)
 
+    # Where the run is: an epoch, and how many of its batches are done. Streams end where they like.
+
+    def _begin(self, apart: bool) -> Place:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return Place(seed, self.args.process_index, apart)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of the training data; what it draws depends on the place in the run, see `draws`."""
+        loader = super().get_train_dataloader()
+        settle_draws(loader, self._place)
+        return loader
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Return the epoch to go on in, and how many of its batches to skip."""
+        epoch, batches = super()._init_training_state(*args, **kwargs)
+        self._first_step = self.state.global_step
+        settings, saved = self._settings(), self._resumed.get("settings", {})
+        same = all(settings[name] == saved.get(name) for name in _BATCH_SETTINGS)
+        if "epoch" not in self._resumed or not same:  # the batches are others, and cannot be counted
+            return epoch, batches
+        if self._resumed["epoch_ended"]:
+            return self._resumed["epoch"] + 1, 0
+        return self._resumed["epoch"], 0 if self.args.ignore_data_skip else self._resumed["batches"]
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Run an epoch, but not a step more if the checkpoint is of the last one."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
+        """Run an epoch, or what is left of it: nothing after the last step but its end."""
+        checkpoint, epoch = kwargs["resume_from_checkpoint"], kwargs["epoch"]
+        self._place.epoch = epoch
+        begun = checkpoint is not None and epoch == kwargs["epochs_trained"]
+        self._batches = kwargs["steps_trained_in_current_epoch"] if begun else 0
+        self._epoch_ended = False
+        over = self.state.global_step >= self.state.max_steps
+        if begun and not are_settled(kwargs["train_dataloader"]):
+            logger.warning(
+                "The data loader is one of the trainer's own making (%s): this run goes on exactly only if the data "
+                "are prepared without random draws.",
+                type(kwargs["train_dataloader"]).__name__,
+            )
+        if not over and not (begun and self._batches >= kwargs["steps_in_epoch"]):
+            super()._run_epoch(*args, **kwargs)
             return
-        super()._run_epoch(*args, **kwargs)
+        if begun and self._batches and "last_step" in self._resumed:
+            self._load_rng_state(checkpoint)
+            self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            norm, rate = self._resumed["last_step"]
+            rest = {name: kwargs[name] for name in ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")}
+            self._maybe_log_save_evaluate(self._tr_loss, norm, learning_rate=rate, **rest)
+        self.control.should_training_stop |= over
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Remember what the end of the epoch logs, if a checkpoint is saved before that."""
+        self._last_step = grad_norm, kwargs.get("learning_rate")
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    # What has been logged: the losses since then, and of all steps, go on too.
+
+    def _restore_losses(self) -> None:
+        """Restore the losses of the steps before the checkpoint, once the Trainer has set them to zero."""
+        if not self._resumed:
+            return
+        losses = torch.tensor(self._resumed["losses"])
+        mine = losses[self.args.process_index] if len(losses) == self.args.world_size else losses.mean()
+        self._tr_loss.copy_(mine)
+        self._total_loss_scalar = self._resumed.get("total_loss", -losses.mean().item())
+        self._globalstep_last_logged = self._resumed["last_log"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; a mean loss is that of all the run's steps, or of those since a checkpoint that does not say theirs."""
+        if "train_loss" in logs:
+            steps = self.state.global_step - (0 if "total_loss" in self._resumed else self._first_step)
+            logs["train_loss"] = self._total_loss_scalar / max(steps, 0.001)
+        super().log(logs, *args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        output = super()._finalize_training(*args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])  # as it was logged
 
     # Saving: the Trainer writes into a directory that is renamed afterwards.
 
@@ -121,7 +203,17 @@ class ResumableTrainer(Trainer):
         if not self.args.should_save:
             return
         self.state.save_to_json(str(staging / TRAINER_STATE))
-        run_state = {"losses": losses, "last_log": self._globalstep_last_logged, "settings": self._settings()}
+        run_state = {
+            "losses": losses,
+            "total_loss": self._total_loss_scalar,
+            "last_log": self._globalstep_last_logged,
+            "last_step": [None if value is None else float(value) for value in self._last_step],
+            "epoch": self._place.epoch,
+            "epoch_ended": self._epoch_ended,
+            "batches": self._batches,
+            "draws_apart": self._place.apart,
+            "settings": self._settings(),
+        }
         (staging / RUN_STATE).write_text(json.dumps(run_state))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -161,17 +253,6 @@ class ResumableTrainer(Trainer):
         """Let what is missing or unexpected be an error where the Trainer loads the weights."""
         check_keys("the checkpoint", set(load_result.missing_keys), set(load_result.unexpected_keys))
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        run_state = _read_run_state(checkpoint)
-        if not run_state:
-            return
-        losses = torch.tensor(run_state["losses"])
-        mine = losses[self.args.process_index] if len(losses) == self.args.world_size else losses.mean()
-        self._tr_loss.copy_(mine)
-        self._total_loss_scalar -= losses.mean().item()  # which is the mean over the steps since the checkpoint
-        self._globalstep_last_logged = run_state["last_log"]
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
@@ -191,23 +272,40 @@ class ResumableTrainer(Trainer):
         return json.loads(json.dumps(settings, default=str))
 
 
-def _read_run_state(checkpoint: str | None) -> dict[str, Any]:
+def _read_run_state(checkpoint: str | Path | None) -> dict[str, Any]:
     """Read what `_complete` has written; nothing from a checkpoint of the plain Trainer."""
     file = Path(checkpoint or "") / RUN_STATE
     return json.loads(file.read_text()) if checkpoint and file.is_file() else {}
 
 
-class _StopAtSigterm(TrainerCallback):
-    """After a SIGTERM, save at the end of the step, once that is logged and evaluated as due; then exit."""
+class _Follow(TrainerCallback):
+    """Keep track of where a run is. After a SIGTERM, save once the step is logged and evaluated as due; then exit."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
-        self.trainer, self.stopping = trainer, False
+        self.trainer = weakref.proxy(trainer)  # whose loader's workers would wait for a circle's end
+        self.stopping = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._restore_losses()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer._batches += 1
         if self.trainer._stop_signal.agreed():
             self.stopping = control.should_save = True
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._batches += 1
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._epoch_ended = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stopping:

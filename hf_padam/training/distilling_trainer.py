@@ -34,7 +34,7 @@ class DistillingTrainer(ResumableTrainer):
         super().__init__(*args, **kwargs)
         self._given_teacher: tuple[Any, Any] | None = (teacher, None) if isinstance(teacher, nn.Module) else teacher
         self._distillation: Distillation | None = None
-        self._resumed: tuple[str, dict[str, Any]] | None = None  # the checkpoint and its settings
+        self._resumed_from: tuple[str, dict[str, Any]] | None = None  # the checkpoint and its settings
         name = options_of(self.args).distill_from
         if teacher is not None and name in (None, START):
             raise ValueError(
@@ -70,12 +70,12 @@ class DistillingTrainer(ResumableTrainer):
         Raises:
             ValueError: If there is no such teacher, or it has another vocabulary.
         """
-        self._resumed = None
+        self._resumed_from = None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _check_settings(self, checkpoint: str, saved: dict[str, Any]) -> None:
         super()._check_settings(checkpoint, saved)
-        self._resumed = checkpoint, saved
+        self._resumed_from = checkpoint, saved
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Find the teacher: called once the model is made, before a checkpoint is loaded into it."""
@@ -90,7 +90,7 @@ class DistillingTrainer(ResumableTrainer):
         options: dict[str, Any] = dict(device=args.device, autocast=self.accelerator.autocast)
         options |= {"dtype": args.distill_dtype}
         if args.distill_from == START:
-            if self._distillation is None or self._resumed is None:  # else the model has been trained since
+            if self._distillation is None or self._resumed_from is None:  # else the model has been trained since
                 teacher = Teacher.copied(self.model, tokenizer, **options)
             else:
                 teacher = self._distillation.teacher
@@ -103,8 +103,8 @@ class DistillingTrainer(ResumableTrainer):
                 teacher = Teacher.load(args.distill_from, causal=shifts_labels(self.model), **options)
         check_vocabularies(teacher.name, (self.model, tokenizer), (teacher.model, teacher.tokenizer))
         self._distillation = Distillation(teacher, args.distill_weight, args.distill_temperature)
-        if self._resumed is not None:
-            check_teacher(*self._resumed, self._settings())
+        if self._resumed_from is not None:
+            check_teacher(*self._resumed_from, self._settings())
 
     def _settings(self) -> dict[str, Any]:
         settings = super()._settings() | {name: getattr(options_of(self.args), name) for name in DISTILLATION}

@@ -105,14 +105,15 @@ def kill_randomly(
         time.sleep(0.0002)
 
 
-def end_state(output: Path) -> dict:
-    """What must not depend on interruptions."""
+def end_state(output: Path, number: signal.Signals = signal.SIGKILL) -> dict:
+    """What must not depend on interruptions by a signal."""
     results = json.loads((output / "results.json").read_text())
     state = {name: (output / name).read_bytes() for name in SAME_FILES} | {key: results[key] for key in SAME_RESULTS}
     # A kill between the last checkpoint and the deletion of the oldest leaves that one too.
     newest = sorted((path.name for path in output.glob("checkpoint-*")), key=lambda name: int(name.split("-")[1]))
     return state | {
-        "checkpoints": newest[-SETTINGS["save_total_limit"] :],
+        # SIGTERM saves one more, of the step that it came in, which may take the place of the one before the last.
+        "checkpoints": newest[-(1 if number == signal.SIGTERM else SETTINGS["save_total_limit"]) :],
         "incomplete": (output / ".incomplete").exists(),
     }
 
@@ -145,7 +146,7 @@ def main() -> None:
         longest = first_save + (time.monotonic() - begin - first_save) / 5  # so that a run takes several kills
         if status:
             sys.exit((work / "undisturbed.log").read_text())
-        expected = end_state(work / "undisturbed")
+        expected = end_state(work / "undisturbed", signal.Signals[args.signal])
 
         summary = {"recipe": args.recipe, "kills": 0, "during_save": 0, "saved_at_sigterm": 0, "runs": 0}
         summary |= {"passed_over": 0, "different": []}
@@ -170,7 +171,7 @@ def main() -> None:
             summary["passed_over"] += log.count("passed over")
             if not (output / "results.json").is_file():
                 sys.exit(f"an attempt failed:\n{log}")
-            state = end_state(output)
+            state = end_state(output, number)
             summary["different"] += [key for key in expected if state[key] != expected[key]]
             summary["runs"] += 1
     print(json.dumps(summary))  # noqa: T201
