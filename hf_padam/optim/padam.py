@@ -9,7 +9,6 @@ import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -230,7 +229,7 @@ class PAdam(Optimizer):
         return loss
 
     def _run(
-        self, backend: ModuleType, tensors: tuple[list[Tensor], ...], scalars: Scalars, rounding: Rounding | None
+        self, backend: backends.Backend, tensors: tuple[list[Tensor], ...], scalars: Scalars, rounding: Rounding | None
     ) -> None:
         """Step one bucket; a fifth list of tensors, if there is one, is that of `s`."""
         backend.step(*tensors[:4], scalars, rounding, *tensors[4:])
@@ -264,7 +263,7 @@ class PAdam(Optimizer):
         states = [self.state[param] for _, param, _ in triples]
         for (_, param, _), state in zip(triples, states, strict=True):
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                 state.update({name: self._new_moment(param, name) for name in MOMENTS})
             if not follows:
                 state.pop("s", None)
