@@ -6,6 +6,7 @@ fp32, by the same backends, a slice of each tensor at a time.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..sparsity import local_tensor
-from .backends import Backend
 from .padam import PAdam
 from .update import Rounding, Scalars, random_key
 
@@ -85,7 +85,7 @@ class PAdam8bit(PAdam):
         return moment
 
     def _run(
-        self, backend: Backend, tensors: tuple[list[Tensor], ...], scalars: Scalars, rounding: Rounding | None
+        self, backend: ModuleType, tensors: tuple[list[Tensor], ...], scalars: Scalars, rounding: Rounding | None
     ) -> None:
         full: tuple[list[Any], ...] = ([], [], [], [], [])
         keys = rounding.tensor_keys if rounding else [0] * len(tensors[0])
@@ -99,7 +99,7 @@ class PAdam8bit(PAdam):
             super()._run(backend, full[:4], scalars, rounding and rounding._replace(tensor_keys=full[4]))
 
     def _step_packed(
-        self, backend: Backend, tensors: list[Any], scalars: Scalars, rounding: Rounding | None
+        self, backend: ModuleType, tensors: list[Any], scalars: Scalars, rounding: Rounding | None
     ) -> None:
         """Step one tensor whose moments are packed, a slice at a time."""
         weights, grads = (t.reshape(-1) for t in tensors[:2])

@@ -9,6 +9,7 @@ import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -229,7 +230,7 @@ class PAdam(Optimizer):
         return loss
 
     def _run(
-        self, backend: backends.Backend, tensors: tuple[list[Tensor], ...], scalars: Scalars, rounding: Rounding | None
+        self, backend: ModuleType, tensors: tuple[list[Tensor], ...], scalars: Scalars, rounding: Rounding | None
     ) -> None:
         """Step one bucket; a fifth list of tensors, if there is one, is that of `s`."""
         backend.step(*tensors[:4], scalars, rounding, *tensors[4:])

@@ -168,7 +168,8 @@ def prepare(
         late_decay: See `PAdam`.
         s_rate: See `PAdam`.
     """
-    beta1, beta2 = betas
+    beta1, beta2 = (float(beta) for beta in betas)  # a scalar of NumPy would carry its own precision along
+    lr, eps, p_norm, lambda_p, weight_decay, s_rate = map(float, (lr, eps, p_norm, lambda_p, weight_decay, s_rate))
     fisher = importance == "fisher"
     decay, scale = lr * lambda_p, 1.0
     if decay < _SMALLEST_NORMAL and reference is None:

@@ -17,59 +17,35 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Protocol
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..update import Rounding, Scalars
 from . import compiled, eager, triton
 from .checks import KernelError, lacks_memory, summary
 
 logger = logging.getLogger(__name__)
 
 
-class Backend(Protocol):
-    """See above; a module, or what `select` makes of one."""
-
-    def step(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        scalars: Scalars,
-        rounding: Rounding | None = None,
-        s: list[Tensor] | None = None,
-    ) -> None:
-        """Take one step on every tensor, in place."""
-
-
-class _OrEager:
+class _OrEager(ModuleType):
     """A backend that "auto" chose: where it has no kernel for a step, eager mode takes that step."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: ModuleType) -> None:
+        super().__init__(backend.__name__)
         self.backend = backend
 
-    def step(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        scalars: Scalars,
-        rounding: Rounding | None = None,
-        s: list[Tensor] | None = None,
-    ) -> None:
+    def step(self, params: list[Tensor], *others: Any, **options: Any) -> None:
         """Take one step on every tensor, in place."""
         try:
-            self.backend.step(params, grads, exp_avgs, exp_avg_sqs, scalars, rounding, s)
+            self.backend.step(params, *others, **options)
         except KernelError as error:
             _say_that_eager_runs(params[0].device.type, str(error))
-            eager.step(params, grads, exp_avgs, exp_avg_sqs, scalars, rounding, s)
+            eager.step(params, *others, **options)
 
 
-BACKENDS = {"eager": eager, "compiled": compiled, "triton": triton}
+BACKENDS: dict[str, ModuleType] = {"eager": eager, "compiled": compiled, "triton": triton}
 CHOICES = ("auto", *BACKENDS)
 _OR_EAGER = {name: _OrEager(backend) for name, backend in BACKENDS.items()}
 _COMPILE_PAYS_FROM = 500_000
@@ -89,8 +65,8 @@ def check(choice: str, device: torch.device) -> None:
         raise RuntimeError(f'backend="{choice}" cannot run on {device}: {reason}. Or use backend="auto".')
 
 
-def select(choice: str, device: torch.device, elements: int) -> Backend:
-    """Return the backend for a user's choice.
+def select(choice: str, device: torch.device, elements: int) -> ModuleType:
+    """Return the backend module for a user's choice.
 
     Args:
         choice: One of `CHOICES`.

@@ -40,7 +40,7 @@ THOROUGH = (
 """Every storage, both importances, `s`; tensors that are read in whole vectors and others."""
 
 
-def disagreement(step: Callable[..., None], device: torch.device, cases: Iterable[Case] = THOROUGH) -> str | None:
+def disagreement(step: Callable[..., object], device: torch.device, cases: Iterable[Case] = THOROUGH) -> str | None:
     """Compare small steps with eager's: there are more compilers, drivers and chips than a test suite can cover.
 
     Args:
@@ -55,28 +55,26 @@ def disagreement(step: Callable[..., None], device: torch.device, cases: Iterabl
         Exception: Whatever a compiler or a driver raises.
     """
     for case in cases:
-        options = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, lambda_p=0.05, weight_decay=0.1) | case.options
+        options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "lambda_p": 0.05}
+        options |= {"weight_decay": 0.1} | case.options
         scalars = prepare(12, **options)
         rounding = Rounding(random_key(1), [random_key(2)]) if case.rounds else None
         results = []
         for take_step in (eager.step, step):
-            weight = torch.linspace(-1, 1, case.elements, dtype=torch.float32, device=device)
-            weight[:9] = 0
-            lists = [[weight.to(case.weights)], [weight.sin().to(case.weights)]]
-            lists += [[(weight / 3).to(case.moments)], [weight.square().to(case.moments)]]
-            if scalars.s_rate < 1:
-                lists.append([initial_s(weight, options["p_norm"])])
-            take_step(*lists[:4], scalars, rounding, *lists[4:])
-            results.append([tensors[0] for tensors in lists])
-        for expected, got in zip(*results, strict=True):
+            x = torch.linspace(-1, 1, case.elements, dtype=torch.float32, device=device)
+            x[:9] = 0
+            weight, grad = x.to(case.weights), x.sin().to(case.weights)
+            first, second = (x / 3).to(case.moments), x.square().to(case.moments)
+            s = [initial_s(x, options["p_norm"])] if scalars.s_rate < 1 else None
+            take_step([weight], [grad], [first], [second], scalars, rounding, s)
+            results.append([weight, second, first, *(s or ())])
+        for i, (expected, got) in enumerate(zip(*results, strict=True)):
             # A last bit of fp32 may differ, which moves few roundings to 16 bits.
             tolerance = 2**-7 if expected.dtype == torch.bfloat16 else 1e-5
-            close = torch.isclose(got, expected, rtol=tolerance, atol=1e-7)
-            if not close.all() or ((got == 0) != (expected == 0)).any():
+            close = torch.isclose(got, expected, rtol=tolerance, atol=1e-7) & ((got == 0) == (expected == 0))
+            draws = case.rounds and i < 2 and expected.dtype == torch.bfloat16
+            if not close.all() or (draws and (got != expected).float().mean() > 0.01):
                 return f"its results differ from eager's there ({case}): please report this"
-            if case.rounds and expected.dtype == torch.bfloat16 and expected is not results[0][2]:
-                if (got != expected).float().mean() > 0.01:  # other random bits
-                    return f"it rounds otherwise than eager there ({case}): please report this"
     return None
 
 

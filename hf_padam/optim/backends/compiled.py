@@ -139,6 +139,8 @@ def _kernel(
         from . import inductor
     except ImportError as error:
         return f"torch {torch.__version__} lacks an entry point of TorchInductor that it uses ({error})"
+    except OSError as error:  # it creates its cache as it is imported
+        return f"TorchInductor cannot be loaded ({summary(error)})"
     fast = squares is not None
     power: Any = functools.partial(fast_power, squares=squares) if squares is not None else exact_power
     follows = len(dtypes) == 5

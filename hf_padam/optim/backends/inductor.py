@@ -46,7 +46,7 @@ def _reinterpret(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
 
 
 def _compilers() -> tuple[str | None, ...]:
-    """Return the compilers to try, in this order: inductor's own, which on Linux are CXX or g++, and the usual ones."""
+    """Return the compilers to try, in this order: inductor's own, CXX or g++ on Linux, and the usual ones."""
     own = config.cpp.cxx
     return (*(own if isinstance(own, tuple | list) else (own,)), "g++", "clang++", "c++")
 
