@@ -74,7 +74,7 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
     ):
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value < high:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= float(value) < high:
             raise ValueError(f"{name}={value!r} is not allowed: it must be {what}")
     kinds: tuple[tuple[str, type, str], ...] = (
         ("bf16_stochastic_round", bool, "True or False"),

@@ -44,7 +44,7 @@ def quantile(histogram: Tensor, share: float) -> float:
     """Return a size that about this share of the elements is below, at most a bin too small."""
     below = histogram.cumsum(0)
     index = int(torch.searchsorted(below, share * float(below[-1])))
-    return torch.tensor(index << _SHIFT, dtype=torch.int32).view(torch.float32).item()
+    return torch.tensor(index << _SHIFT, dtype=torch.int32, device="cpu").view(torch.float32).item()
 
 
 def zero_smallest_(tensors: Sequence[Measured], number: int, infinite: bool = False) -> float:

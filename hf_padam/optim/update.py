@@ -217,7 +217,8 @@ class Rounding(NamedTuple):
 @functools.lru_cache(maxsize=2**16)
 def random_key(*numbers: int) -> int:
     """Hash some numbers into a signed 32-bit one, the same on every machine."""
-    return int.from_bytes(hashlib.blake2s(repr(numbers).encode(), digest_size=4).digest(), "little", signed=True)
+    text = repr(tuple(map(int, numbers)))  # int: NumPy's write themselves otherwise
+    return int.from_bytes(hashlib.blake2s(text.encode(), digest_size=4).digest(), "little", signed=True)
 
 
 def random_bits(position: Tensor, tensor_key: int | Tensor, step_key: int | Tensor) -> Tensor:
