@@ -47,7 +47,7 @@ STORAGES = {  # of weights, gradients and both moments
     "fp16 and fp32": (tl.float16, tl.float16, tl.float32, tl.float32),
 }
 MOST_REGISTERS = dict.fromkeys(TARGETS, 64) | {"gfx1100": 96}
-"""With 64, as many threads fit as a multiprocessor can have at once but for a half (NVIDIA), or all of them (AMD)."""
+"""With these an AMD multiprocessor holds all the threads that it can, and one of NVIDIA's half of them."""
 
 
 class Kernel(NamedTuple):
