@@ -27,14 +27,14 @@ def adam_with_decay(params, **options):
     return optimizer
 
 
-OPTIMIZERS = [(PAdam, {"backend": backend}) for backend in CPU_BACKENDS] + [
-    (PAdam, {"s_rate": 0.3}),
-    (PAdam, {"importance": "fisher"}),
-    (PAdam, {"dtype": torch.bfloat16, "bf16_stochastic_round": True}),
-    (PAdam, {"steer": 0.6}),
-    (PAdam8bit, {}),
-    (adam_with_decay, {"importance": "fisher"}),
-]
+OPTIMIZERS = {backend: (PAdam, {"backend": backend}) for backend in CPU_BACKENDS} | {
+    "s": (PAdam, {"s_rate": 0.3}),
+    "fisher": (PAdam, {"importance": "fisher"}),
+    "rounding": (PAdam, {"dtype": torch.bfloat16, "bf16_stochastic_round": True}),
+    "steered": (PAdam, {"steer": 0.6}),
+    "8-bit": (PAdam8bit, {}),
+    "decay added to Adam": (adam_with_decay, {"importance": "fisher"}),
+}
 
 
 def prepared(optimizer_class):
@@ -43,7 +43,7 @@ def prepared(optimizer_class):
     split_exponent.cache_clear()
 
 
-@pytest.mark.parametrize(("optimizer_class", "options"), OPTIMIZERS, ids=str)
+@pytest.mark.parametrize(("optimizer_class", "options"), OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_the_default_device_need_not_be_that_of_the_parameters(optimizer_class, options):
     """The meta device stands for another GPU: whatever is created there by mistake has no values."""
     prepared(optimizer_class)
@@ -57,7 +57,7 @@ def test_the_default_device_need_not_be_that_of_the_parameters(optimizer_class, 
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize(("optimizer_class", "options"), OPTIMIZERS, ids=str)
+@pytest.mark.parametrize(("optimizer_class", "options"), OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_the_default_dtype_changes_nothing(optimizer_class, options):
     prepared(optimizer_class)
     expected = train(optimizer_class, **options)

@@ -46,8 +46,6 @@ STORAGES = {  # of weights, gradients and both moments
     "bf16 and fp32, fp16 gradients": (tl.bfloat16, tl.float16, tl.float32, tl.float32),
     "fp16 and fp32": (tl.float16, tl.float16, tl.float32, tl.float32),
 }
-MOST_REGISTERS = dict.fromkeys(TARGETS, 64) | {"gfx1100": 96}
-"""With these an AMD multiprocessor holds all the threads that it can, and one of NVIDIA's half of them."""
 
 
 class Kernel(NamedTuple):
@@ -73,6 +71,17 @@ class Kernel(NamedTuple):
     def sizes(self) -> list[int]:
         """Bytes of an element of the weights, gradients, moments and `s`."""
         return [dtype.primitive_bitwidth // 8 for dtype in STORAGES[self.storage]] + [4] * self.s
+
+    @property
+    def most_registers(self) -> int:
+        """So many that a multiprocessor holds half of the threads that it can (AMD: all), or three eighths.
+
+        The latter, where more than the paper's method is asked of 16-bit weights, is still several times the bytes
+        under way that saturate the memory. To be held to 64, some of these kernels would spill.
+        """
+        if self.target.startswith("gfx"):
+            return 96 if self.target == "gfx1100" else 64
+        return 80 if (self.fisher or self.s) and self.storage != "fp32" else 64
 
 
 YES_NO = (False, True)
@@ -165,7 +174,7 @@ def check(kernel: Kernel) -> None:
         registers, spilled = hip_resources(result.asm["amdgcn"])
         loads, stores = (hip_accesses(result.asm["amdgcn"], verb) for verb in ("load", "store"))
     assert spilled == 0, kernel
-    assert registers <= MOST_REGISTERS[kernel.target], (kernel, registers)
+    assert registers <= kernel.most_registers, (kernel, registers)
     read, written = kernel.sizes, [size for i, size in enumerate(kernel.sizes) if i != 1]  # not the gradients
     assert loads - tables == floor(read, elements, kernel.aligned), (kernel, loads)
     assert stores == floor(written, elements, kernel.aligned), (kernel, stores)
