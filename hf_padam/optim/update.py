@@ -51,7 +51,7 @@ _SMALLEST_NORMAL = 2.0**-126
 """A decay ``lr * lambda_p`` below fp32's normal range is taken as zero: it changes no weight, and 0 * inf is NaN."""
 
 LARGEST = 2.0**127
-"""Nothing that a size is made of may be infinite in fp32: 0 * inf is NaN."""
+"""Nothing that a size is made of may be infinite in fp32, nor vanish if positive: 0 * inf is NaN."""
 
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B, 0x31848BAB)
 """Of the hash in `random_bits`; odd, and found good by Wellons' search (nullprogram.com/blog/2018/07/31)."""
@@ -199,10 +199,10 @@ def prepare(
         shrink=1 + lr * weight_decay,
         decay=decay,
         exponent=p_norm - 2,
-        size_scale=min(scale, LARGEST),
+        size_scale=min(max(scale, _SMALLEST_NORMAL), LARGEST),
         young=correction2 / _YOUNG_RATIO,
-        late_decay=late_decay,
-        fisher=fisher,
+        late_decay=late_decay and form is not Form.NONE,  # else a backend would build a kernel that does the same
+        fisher=fisher and form not in (Form.NONE, Form.HOLD),
         s_rate=s_rate,
     )
 
