@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,17 +74,19 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
     ):
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= float(value) < high:
             raise ValueError(f"{name}={value!r} is not allowed: it must be {what}")
-    for name, types, what in (
-        ("bf16_stochastic_round", (bool,), "True or False"),
-        ("rounding_seed", (int,), "an integer"),
-        ("late_decay", (bool,), "True or False"),
-        ("s_rate", (int, float), "a number above 0, at most 1; 1 is the paper's method"),
-    ):
-        if name in values and type(values[name]) not in types:
+    kinds: tuple[tuple[str, type, str], ...] = (
+        ("bf16_stochastic_round", bool, "True or False"),
+        ("rounding_seed", numbers.Integral, "an integer"),
+        ("late_decay", bool, "True or False"),
+        ("s_rate", numbers.Real, "a number above 0, at most 1; 1 is the paper's method"),
+    )
+    for name, kind, what in kinds:
+        value = values.get(name, 1)
+        if name in values and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
             raise ValueError(f"{name}={values[name]!r} is not allowed: it must be {what}")
-        if name == "s_rate" and not 0 < values.get(name, 1) <= 1:
+        if name == "s_rate" and not 0 < value <= 1:
             raise ValueError(f"{name}={values[name]!r} is not allowed: it must be {what}")
     if values.get("importance", "magnitude") not in IMPORTANCES:
         raise ValueError(

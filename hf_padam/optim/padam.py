@@ -268,7 +268,7 @@ class PAdam(Optimizer):
         states = [self.state[param] for _, param, _ in triples]
         for (_, param, _), state in zip(triples, states, strict=True):
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                 state.update({name: self._new_moment(param, name) for name in MOMENTS})
             if not follows:
                 state.pop("s", None)

@@ -44,7 +44,7 @@ def quantile(histogram: Tensor, share: float) -> float:
     """Return a size that about this share of the elements is below, at most a bin too small."""
     below = histogram.cumsum(0)
     index = int(torch.searchsorted(below, share * float(below[-1])))
-    return torch.tensor(index << _SHIFT, dtype=torch.int32).view(torch.float32).item()
+    return torch.tensor(index << _SHIFT, dtype=torch.int32, device="cpu").view(torch.float32).item()
 
 
 def zero_smallest_(tensors: Sequence[Measured], number: int, infinite: bool = False) -> float:
@@ -89,7 +89,7 @@ def zero_smallest_(tensors: Sequence[Measured], number: int, infinite: bool = Fa
             parts.append(smaller | equal)
         if parts:
             tensor.weight.detach().masked_fill_(torch.cat(parts).view(tensor.weight.shape), 0.0)
-    return torch.tensor(prefix[0] << _SHIFT | prefix[1], dtype=torch.int32).view(torch.float32).item()
+    return torch.tensor(prefix[0] << _SHIFT | prefix[1], dtype=torch.int32, device="cpu").view(torch.float32).item()
 
 
 _LOW = 2**_SHIFT - 1

@@ -51,7 +51,7 @@ _SMALLEST_NORMAL = 2.0**-126
 """A decay ``lr * lambda_p`` below fp32's normal range is taken as zero: it changes no weight, and 0 * inf is NaN."""
 
 LARGEST = 2.0**127
-"""Nothing that a size is made of may be infinite in fp32: 0 * inf is NaN."""
+"""Nothing that a size is made of may be infinite in fp32, nor vanish if positive: 0 * inf is NaN."""
 
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B, 0x31848BAB)
 """Of the hash in `random_bits`; odd, and found good by Wellons' search (nullprogram.com/blog/2018/07/31)."""
@@ -168,7 +168,8 @@ def prepare(
         late_decay: See `PAdam`.
         s_rate: See `PAdam`.
     """
-    beta1, beta2 = betas
+    beta1, beta2 = (float(beta) for beta in betas)  # a scalar of NumPy would carry its own precision along
+    lr, eps, p_norm, lambda_p, weight_decay, s_rate = map(float, (lr, eps, p_norm, lambda_p, weight_decay, s_rate))
     fisher = importance == "fisher"
     decay, scale = lr * lambda_p, 1.0
     if decay < _SMALLEST_NORMAL and reference is None:
@@ -198,10 +199,10 @@ def prepare(
         shrink=1 + lr * weight_decay,
         decay=decay,
         exponent=p_norm - 2,
-        size_scale=min(scale, LARGEST),
+        size_scale=min(max(scale, _SMALLEST_NORMAL), LARGEST),
         young=correction2 / _YOUNG_RATIO,
-        late_decay=late_decay,
-        fisher=fisher,
+        late_decay=late_decay and form is not Form.NONE,  # else a backend would build a kernel that does the same
+        fisher=fisher and form not in (Form.NONE, Form.HOLD),
         s_rate=s_rate,
     )
 
@@ -216,7 +217,8 @@ class Rounding(NamedTuple):
 @functools.lru_cache(maxsize=2**16)
 def random_key(*numbers: int) -> int:
     """Hash some numbers into a signed 32-bit one, the same on every machine."""
-    return int.from_bytes(hashlib.blake2s(repr(numbers).encode(), digest_size=4).digest(), "little", signed=True)
+    text = repr(tuple(map(int, numbers)))  # int: NumPy's write themselves otherwise
+    return int.from_bytes(hashlib.blake2s(text.encode(), digest_size=4).digest(), "little", signed=True)
 
 
 def random_bits(position: Tensor, tensor_key: int | Tensor, step_key: int | Tensor) -> Tensor:

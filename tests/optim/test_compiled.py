@@ -1,8 +1,10 @@
 """What is particular to the compiled backend: its power, its tensor layouts, its cache on disk."""
 
+import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -130,7 +132,7 @@ def test_a_step_needs_no_memory_to_speak_of():
 
 def test_without_a_compiler_an_explicit_choice_raises_and_auto_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
-    backends._refusal.cache_clear()
+    backends._say_that_eager_runs.cache_clear()
     compiled.unavailable.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="C\\+\\+ compiler"):
@@ -138,8 +140,50 @@ def test_without_a_compiler_an_explicit_choice_raises_and_auto_says_so_once(monk
         assert [backends.select("auto", torch.device("cpu"), 10**9) for _ in range(2)] == [eager, eager]
         assert sum("C++ compiler" in record.message for record in caplog.records) == 1
     finally:
-        backends._refusal.cache_clear()
+        backends._say_that_eager_runs.cache_clear()
         compiled.unavailable.cache_clear()
+
+
+@needs_compiler
+def test_several_threads_may_step_and_build_kernels_at_once():
+    """Trials of hyperparameters in threads, for example. One class of inductor is patched for the time of a build."""
+    from torch._inductor.codegen.cpp import CppVecOverrides
+
+    before = vars(CppVecOverrides)["to_dtype_bitcast"]
+    compiled._kernel.cache_clear()
+    torch._dynamo.reset()
+    weights = torch.linspace(-1, 1, 6400)
+    user = torch.compile(lambda x: (x * 2).sin())  # of a user's model, at the same time
+
+    def train(options, backend="compiled"):
+        param = torch.nn.Parameter(weights.clone())
+        optimizer = PAdam([param], lr=1e-2, backend=backend, **options)
+        for step in range(3):
+            param.grad = torch.cos(weights + step)
+            optimizer.step()
+        return param.detach()
+
+    runs = [{"p_norm": p} for p in (0.8, 0.5, 1.0, 0.8, -math.inf, 2.0)]
+    with ThreadPoolExecutor(len(runs) + 1) as pool:
+        compiled_by_user = pool.submit(user, weights)
+        for options, got in zip(runs, pool.map(train, runs), strict=True):
+            torch.testing.assert_close(got, train(options, "eager"), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(compiled_by_user.result(), (weights * 2).sin())
+    assert vars(CppVecOverrides)["to_dtype_bitcast"] is before
+
+
+@pytest.mark.parametrize("elements", [2**31 + 5, 2**32 + 70, 2**33 - 1])
+def test_the_random_bits_of_the_last_row_are_those_of_its_place_in_a_tensor_of_any_size(elements):
+    """As eager counts: positions in int64, of which the last 32 bits are taken. Meta tensors take no memory."""
+    tensors = tuple(torch.empty(elements, dtype=torch.bfloat16, device="meta") for _ in range(4))
+    starts = []
+
+    def kernel(arguments):
+        starts.append(int(arguments[-1][2]))
+
+    compiled._step_irregular(kernel, tensors, [torch.zeros(3), torch.tensor([1, 2, 0], dtype=torch.int32)])
+    place = torch.tensor(elements // 64 * 64).to(torch.int32).item()
+    assert starts == [0, place]
 
 
 RUN = """

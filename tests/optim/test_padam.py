@@ -327,13 +327,13 @@ def test_auto_takes_eager_for_small_models_and_says_so_without_a_compiler(monkey
     cpu = torch.device("cpu")
     assert backends.select("auto", cpu, 1000) is eager
     monkeypatch.setattr(compiled, "unavailable", lambda device: "no C++ compiler was found")
-    backends._refusal.cache_clear()
+    backends._say_that_eager_runs.cache_clear()
     assert backends.select("auto", cpu, 10**9) is eager
     assert backends.select("auto", cpu, 10**9) is eager
     assert sum("no C++ compiler" in record.message for record in caplog.records) == 1
     with pytest.raises(RuntimeError, match='backend="compiled" cannot run.*no C\\+\\+ compiler'):
         backends.select("compiled", cpu, 10**9)
-    backends._refusal.cache_clear()
+    backends._say_that_eager_runs.cache_clear()
 
 
 def test_groups_saved_before_an_option_existed_get_its_default():

@@ -1,6 +1,7 @@
 """The Triton backend on CPU, through Triton's interpreter, which must be chosen before Triton is imported."""
 
-import importlib.util
+import errno
+import math
 import os
 import subprocess
 import sys
@@ -9,10 +10,13 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from hf_padam.optim.backends import triton
+from hf_padam.optim.backends import checks, triton
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="runs where Triton is installed")
+pytest.importorskip("triton", reason="runs where Triton is installed")
+from triton.errors import TritonError  # noqa: E402
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CompilationFailed = type("CompilationFailed", (TritonError,), {})
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside the test below, under TRITON_INTERPRET=1")
 
 
@@ -104,6 +108,79 @@ def test_every_dtype_gets_the_eager_result(dtype, p_norm, variant):
     for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):
         unit = torch.finfo(a.dtype).eps
         torch.testing.assert_close(a, b, rtol=max(3e-6, 1.01 * unit), atol=1e-8)
+
+
+FORMS = [
+    {"p_norm": p_norm, **importance, **where}
+    for p_norm in (-math.inf, -8.0, -2.5, -1.0, 0.0, 0.5, 0.8, 1.5, 2.0, 3.0)
+    for importance in ({}, {"importance": "fisher"})
+    for where in ({}, {"reference": 0.0}, {"reference": 0.03}, {"late_decay": True})
+    if p_norm < 2 or "reference" not in where
+]
+
+
+@interpreted
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_every_form_gets_the_eager_result(options):
+    """After the first steps, which under "fisher" do not decay; with zeros, and weights without gradients so far."""
+    from hf_padam.optim.backends import eager
+    from hf_padam.optim.update import prepare
+
+    generator = torch.Generator().manual_seed(0)
+    weight, grad, first, second = torch.randn(4, 4099, generator=generator) / 10
+    weight[:40] = 0
+    grad[20:80] = first[20:80] = second[20:80] = 0
+    first[60:120] = second[60:120] = 0
+    results = []
+    for backend in (triton, eager):
+        lists = [[t.clone()] for t in (weight, grad, first / 10, second.square())]
+        for step in range(20, 23):
+            fixed = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, lambda_p=0.1, weight_decay=0.01, importance_scale=0.2)
+            backend.step(*lists, prepare(step, **fixed, **options))
+        results.append(lists)
+    for [got], [expected] in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-8)
+        assert torch.equal(got == 0, expected == 0)
+
+
+@interpreted
+@pytest.mark.parametrize("case", checks.THOROUGH, ids=str)
+def test_the_comparison_that_a_gpu_must_pass_is_passed(case):
+    assert checks.disagreement(triton.step, torch.device("cpu"), [case]) is None
+
+
+@interpreted
+@pytest.mark.parametrize("error", [CompilationFailed("p = 7"), OSError(errno.ENOSPC, "No space left")], ids=str)
+def test_a_kernel_that_cannot_be_built_leaves_every_tensor_to_eager(error, monkeypatch, caplog):
+    """Those too that are eager's anyway, because of their layout: none is stepped twice."""
+    from hf_padam.optim import backends
+    from hf_padam.optim.backends import eager, triton_kernel
+    from hf_padam.optim.update import prepare
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*_, **__):
+                raise error
+
+            return launch
+
+    def lists():
+        weight = torch.linspace(-1, 1, 4096)
+        columns = (weight, weight.sin(), weight / 3, weight.square())
+        return [[t.clone(), t.clone().view(64, 64)[:, ::2], t.clone()[1:]] for t in columns]
+
+    monkeypatch.setattr(triton_kernel, "step_kernel", Kernel())
+    scalars = prepare(1, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, p_norm=0.8, lambda_p=0.1, weight_decay=0.0)
+    ours, theirs, untouched = lists(), lists(), lists()
+    eager.step(*theirs, scalars)
+    backends._OR_EAGER["triton"].step(*ours, scalars)
+    with pytest.raises(checks.KernelError):
+        triton.step(*untouched, scalars)
+    for result, expected in ((ours, theirs), (untouched, lists())):
+        assert all(
+            torch.equal(a, b) for pair in zip(result, expected, strict=True) for a, b in zip(*pair, strict=True)
+        )
+    assert str(error) in caplog.text
 
 
 @interpreted

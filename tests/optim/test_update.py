@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, factor
 
@@ -44,10 +44,20 @@ CASES = [("plain", p_norm) for p_norm in P_NORMS] + [("late", 0.8), ("late", 1.0
 FISHER = [("fisher", p_norm) for p_norm in P_NORMS] + [("fisher late", -1.0)]
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def is_worth_it(backend, variant, p_norm, dtype):
+    """Every form in fp32, and every dtype in few forms: a kernel that takes seconds to build shows nothing new."""
+    if backend != "compiled" or dtype == torch.float32:
+        return dtype != torch.float16 or variant == "plain"
+    return p_norm == 0.8 or (variant == "plain" and p_norm == 1.0)
+
+
 @pytest.mark.parametrize(
-    ("variant", "p_norm", "dtype"),
-    [(*case, d) for case in CASES for d in DTYPES if d != torch.float16 or case[0] == "plain"],
+    ("backend", "variant", "p_norm", "dtype"),
+    [
+        (backend, *case, dtype)
+        for backend, case, dtype in itertools.product(CPU_BACKENDS, CASES, DTYPES)
+        if is_worth_it(backend, *case, dtype)
+    ],
 )
 def test_one_step_matches_the_oracle(backend, variant, p_norm, dtype):
     for lambda_p, lambda_2, lr in itertools.product((0.0, 0.05), (0.0, 0.3), (0.0, 1e-2)):
@@ -154,6 +164,20 @@ def test_s_is_the_moving_average_of_the_power_and_follows_while_nothing_decays(b
 
 
 @settings(max_examples=200, deadline=None)
+@example(  # the size overflows, and its unit would vanish in fp32
+    weight=2.0**106,
+    grad=0.0,
+    exp_avg=0.0,
+    exp_avg_sq=2.0**44,
+    step=11,
+    lr=0.0,
+    p_norm=0.0,
+    lambda_p=0.0,
+    weight_decay=0.0,
+    variant=VARIANTS["fisher"],
+    reference=1e30,
+    importance_scale=1e20,
+)
 @given(
     weight=st.floats(width=32, allow_nan=False, allow_infinity=False),
     grad=st.floats(width=32, allow_nan=False, allow_infinity=False),

@@ -14,6 +14,7 @@ import functools
 import os
 import shutil
 import sysconfig
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ import torch
 from torch import Tensor
 
 from ..update import Form, Rounding, Scalars, exact_power, random_bits, update_
+from .checks import PLAIN, KernelError, disagreement, summary
 from .fast_power import LARGEST_EXPONENT, PARTS, SMALLEST_EXPONENT, fast_power, split_exponent
 
 _ROW = 64
 _PLAIN = len(Scalars._fields) - 4  # how many `Scalars.numbers` there are
+_BUILDING = threading.Lock()  # inductor is not made for several threads at once
 
 
 @functools.cache
@@ -38,10 +41,11 @@ def unavailable(device: torch.device) -> str | None:
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return "the C headers of Python were not found: install python3-dev (or your system's name for it)"
     try:
-        from . import inductor  # noqa: F401
-    except ImportError as error:
-        return f"torch {torch.__version__} lacks an entry point of TorchInductor that it uses ({error})"
-    return None
+        return disagreement(step, device, [PLAIN])
+    except KernelError as error:
+        return str(error)
+    except Exception as error:
+        return f"its kernel does not run ({summary(error)})"
 
 
 def step(
@@ -53,7 +57,11 @@ def step(
     rounding: Rounding | None = None,
     s: list[Tensor] | None = None,
 ) -> None:
-    """Take one step on every tensor, in place."""
+    """Take one step on every tensor, in place.
+
+    Raises:
+        KernelError: If the kernel cannot be built.
+    """
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([s] if s else [])]
     dtypes = [tensors[0].dtype for tensors in lists]
     arithmetic = torch.promote_types(dtypes[0], torch.float32)
@@ -63,13 +71,18 @@ def step(
     if form in (Form.BELOW_TWO, Form.ABOVE_TWO) or s:
         if arithmetic == torch.float32 and SMALLEST_EXPONENT <= scalars.exponent <= LARGEST_EXPONENT:
             parts, squares = split_exponent(scalars.exponent)
-    kernel = _kernel(form, scalars.late_decay, scalars.fisher, squares, rounding is not None, *dtypes)
+    with _BUILDING:
+        kernel = _kernel(form, scalars.late_decay, scalars.fisher, squares, rounding is not None, *dtypes)
+    if isinstance(kernel, str):
+        raise KernelError(kernel)
     rate = [scalars.s_rate] if s else []
-    values = torch.tensor([*scalars.numbers, *rate, *parts], dtype=arithmetic)
+    # On the CPU, whatever torch.set_default_device says.
+    values = torch.tensor([*scalars.numbers, *rate, *parts], dtype=arithmetic, device="cpu")
     numbers = [values]
     for i, tensors in enumerate(zip(*lists, strict=True)):
         if rounding is not None:
-            numbers = [values, torch.tensor([rounding.tensor_keys[i], rounding.step_key, 0], dtype=torch.int32)]
+            keys = [rounding.tensor_keys[i], rounding.step_key, 0]
+            numbers = [values, torch.tensor(keys, dtype=torch.int32, device="cpu")]
         if tensors[0].numel() % _ROW == 0 and all([t.is_contiguous() for t in tensors]):
             if tensors[0].numel():
                 kernel([*[t.view(-1, _ROW) for t in tensors], *numbers])
@@ -92,7 +105,7 @@ def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], 
     if whole < param.numel():
         rest = [torch.nn.functional.pad(t[whole:], (0, whole + _ROW - param.numel())) for t in flat]
         for keys in numbers[1:]:
-            keys[2] = whole
+            keys[2] = (whole + 2**31) % 2**32 - 2**31  # positions count modulo 2^32, as in every backend
         kernel([*[t.view(1, _ROW) for t in rest], *numbers])
         for t, padded in zip(flat, rest, strict=True):
             if t is not flat[1]:
@@ -105,7 +118,7 @@ def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], 
 @functools.cache
 def _kernel(
     form: Form, late: bool, fisher: bool, squares: int | None, rounds: bool, *dtypes: torch.dtype
-) -> Callable[..., object]:
+) -> Callable[..., object] | str:
     """Compile `update_` for one form and one set of dtypes: four, or five with that of `s`.
 
     Args:
@@ -120,10 +133,14 @@ def _kernel(
         ``kernel(param, grad, exp_avg, exp_avg_sq[, s], values, keys)``: tensors of shape (rows, _ROW), of these
         dtypes; the numbers in `Scalars`, followed by its `s_rate` if there is `s` and the parts of the exponent if
         there are `squares`; and, only if it `rounds` stochastically, the keys of the tensor and of the step and the
-        position of the first element.
+        position of the first element. If it cannot be built, why: trying again at every step would take seconds.
     """
-    from . import inductor
-
+    try:
+        from . import inductor
+    except ImportError as error:
+        return f"torch {torch.__version__} lacks an entry point of TorchInductor that it uses ({error})"
+    except OSError as error:  # it creates its cache as it is imported
+        return f"TorchInductor cannot be loaded ({summary(error)})"
     fast = squares is not None
     power: Any = functools.partial(fast_power, squares=squares) if squares is not None else exact_power
     follows = len(dtypes) == 5
@@ -138,7 +155,7 @@ def _kernel(
         bits = None
         if rounds:
             tensor_key, step_key, start = keys[0].unbind()
-            rows, columns = (torch.arange(n, dtype=torch.int32) for n in param.shape)
+            rows, columns = (torch.arange(n, dtype=torch.int32, device=param.device) for n in param.shape)
             bits = random_bits(rows[:, None] * _ROW + columns + start, tensor_key, step_key)
         update_(param, grad, exp_avg, exp_avg_sq, scalars, power, bits, s)
         return ()
@@ -149,6 +166,10 @@ def _kernel(
     def kernel_with_s(param, grad, exp_avg, exp_avg_sq, s, values, *keys):
         return take_step(param, grad, exp_avg, exp_avg_sq, values, keys, s)
 
-    values = torch.empty(_PLAIN + follows + PARTS * fast, dtype=torch.promote_types(dtypes[0], torch.float32))
-    keys = [torch.empty(3, dtype=torch.int32)] * rounds
-    return inductor.compile_over_rows(kernel_with_s if follows else kernel, dtypes, _ROW, values, *keys)
+    arithmetic = torch.promote_types(dtypes[0], torch.float32)
+    values = torch.empty(_PLAIN + follows + PARTS * fast, dtype=arithmetic, device="cpu")
+    keys = [torch.empty(3, dtype=torch.int32, device="cpu")] * rounds
+    try:
+        return inductor.compile_over_rows(kernel_with_s if follows else kernel, dtypes, _ROW, values, *keys)
+    except Exception as error:  # of a compiler, a linker, a full or read-only disk
+        return f"a kernel for {form.name}, {', '.join(map(str, dtypes))} cannot be built ({summary(error)})"

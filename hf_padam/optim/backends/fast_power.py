@@ -78,9 +78,9 @@ def split_exponent(y: float) -> tuple[tuple[float, ...], int]:
     """
     squares = max(0, math.ceil(-y / 2 - 1))
     y += 2 * squares
-    points = torch.arange(_DEGREE + 1, dtype=torch.float64)
+    points = torch.arange(_DEGREE + 1, dtype=torch.float64, device="cpu")  # whatever the default device is
     points = torch.cos((points + 0.5) * math.pi / (_DEGREE + 1)) / 2
-    powers = points[:, None] ** torch.arange(_DEGREE + 1)
+    powers = points[:, None] ** torch.arange(_DEGREE + 1, device="cpu")
     coefficients = torch.linalg.solve(powers, (1.5 + points) ** y)
     return (*exponent_parts(y), *coefficients.tolist()), squares
 

@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
@@ -44,6 +45,12 @@ def _reinterpret(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
     return f"at::vec::VectorizedN<{name}, {count}>({parts})"
 
 
+def _compilers() -> tuple[str | None, ...]:
+    """Return the compilers to try, in this order: inductor's own, CXX or g++ on Linux, and the usual ones."""
+    own = config.cpp.cxx
+    return (*(own if isinstance(own, tuple | list) else (own,)), "g++", "clang++", "c++")
+
+
 def compile_over_rows(
     function: Callable[..., object], dtypes: tuple[torch.dtype, ...], row: int, *others: Tensor
 ) -> Callable[..., object]:
@@ -66,10 +73,12 @@ def compile_over_rows(
     mode = FakeTensorMode(shape_env=ShapeEnv())
     examples: list[Any] = []
     for i, dtype in enumerate(dtypes):
-        example = torch.empty(2**14, 2 * row, dtype=dtype)[:, :row]
+        example = torch.empty(2**14, 2 * row, dtype=dtype, device="cpu")[:, :row]
         examples.append(mode.from_tensor(example, symbolic_context=rows, source=ConstantSource(f"tensor{i}")))
     examples += [mode.from_tensor(other, static_shapes=True) for other in others]
     vectors = mock.patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(_reinterpret))
-    with torch.no_grad(), tracing(TracingContext(mode)), config.patch(_OPTIONS), vectors:
+    options = _OPTIONS | {"cpp.cxx": _compilers()}
+    # The lock keeps other threads' torch.compile apart: one class is patched for all of them.
+    with compile_lock, torch.no_grad(), tracing(TracingContext(mode)), config.patch(options), vectors:
         graph = make_fx(function, select_decomp_table(), tracing_mode="fake")(*examples)
         return compile_fx_inner(graph, examples, is_inference=True)

@@ -109,7 +109,7 @@ def round_stochastically(x, bits):
     return tl.where(x == x, rounded, x)
 
 
-@triton.jit(do_not_specialize=["step_key"])
+@triton.jit(do_not_specialize=["step_key", "tensors"])
 def step_kernel(
     pointers,  # int64 (4 or 5, tensors): addresses of the parameters, gradients, first and second moments, and s
     lengths,  # int64 (tensors,)
@@ -150,6 +150,8 @@ def step_kernel(
     tensor = tl.load(block_tensors + block)
     start = tl.load(block_starts + block)
     length = tl.load(lengths + tensor)
+    if ROUND:
+        tensor_key = tl.load(tensor_keys + tensor)
     row = pointers + tensor
     param = tl.load(row).to(tl.pointer_type(PARAM))
     grad = tl.load(row + tensors).to(tl.pointer_type(GRAD))
@@ -198,7 +200,7 @@ def step_kernel(
         new = tl.where(tl.abs(new) < _FLUSH, 0.0, new)
     # 5. Back into the storage dtype.
     if ROUND:
-        bits = random_bits(at, tl.load(tensor_keys + tensor), step_key)
+        bits = random_bits(at, tensor_key, step_key)
         if PARAM == tl.bfloat16:
             new = round_stochastically(new, bits & 0xFFFF)
         if MOMENT2 == tl.bfloat16:

@@ -1,0 +1,112 @@
+"""PAdam does not care what torch's defaults are, nor what kind of number its hyperparameters are."""
+
+import numpy as np
+import pytest
+import torch
+from test_update import CPU_BACKENDS
+from torch import nn
+
+from hf_padam import PAdam, PAdam8bit, TargetSparsity, add_pnorm_decay
+from hf_padam.optim.backends.fast_power import split_exponent
+
+
+def train(optimizer_class=PAdam, steer=None, dtype=torch.float32, **options):
+    weight = nn.Parameter(torch.linspace(-1, 1, 8193, dtype=torch.float32, device="cpu").to(dtype))
+    optimizer = optimizer_class([weight], **{"lr": 1e-2, "p_norm": 0.8} | options)
+    if steer:
+        TargetSparsity(optimizer, steer, 12)
+    for step in range(12):
+        weight.grad = torch.cos(weight.detach() + step)
+        optimizer.step()
+    return weight.detach()
+
+
+def adam_with_decay(params, **options):
+    optimizer = torch.optim.Adam(params, lr=options.pop("lr"))
+    add_pnorm_decay(optimizer, **options)
+    return optimizer
+
+
+OPTIMIZERS = {backend: (PAdam, {"backend": backend}) for backend in CPU_BACKENDS} | {
+    "s": (PAdam, {"s_rate": 0.3}),
+    "fisher": (PAdam, {"importance": "fisher"}),
+    "rounding": (PAdam, {"dtype": torch.bfloat16, "bf16_stochastic_round": True}),
+    "steered": (PAdam, {"steer": 0.6}),
+    "8-bit": (PAdam8bit, {}),
+    "decay added to Adam": (adam_with_decay, {"importance": "fisher"}),
+}
+
+
+def prepared(optimizer_class):
+    if optimizer_class is PAdam8bit:
+        pytest.importorskip("torchao")
+    split_exponent.cache_clear()
+
+
+@pytest.mark.parametrize(("optimizer_class", "options"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_default_device_need_not_be_that_of_the_parameters(optimizer_class, options):
+    """The meta device stands for another GPU: whatever is created there by mistake has no values."""
+    prepared(optimizer_class)
+    expected = train(optimizer_class, **options)
+    prepared(optimizer_class)
+    torch.set_default_device("meta")
+    try:
+        got = train(optimizer_class, **options)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("optimizer_class", "options"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_default_dtype_changes_nothing(optimizer_class, options):
+    prepared(optimizer_class)
+    expected = train(optimizer_class, **options)
+    prepared(optimizer_class)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = train(optimizer_class, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_hyperparameters_may_be_scalars_of_numpy_and_count_as_what_they_are(kind, backend):
+    options = dict(lr=1e-2, p_norm=0.75, lambda_p=0.1, weight_decay=0.3, betas=(0.9, 0.999), eps=1e-4)
+    given = {name: kind(value) for name, value in options.items() if name != "betas"}
+    given["betas"] = tuple(map(kind, options["betas"]))
+    same = {name: float(value) for name, value in given.items() if name != "betas"}
+    same["betas"] = tuple(map(float, given["betas"]))
+    assert torch.equal(train(**given, backend=backend), train(**same, backend=backend))
+    assert torch.equal(train(s_rate=kind(0.25)), train(s_rate=0.25))
+
+
+def test_a_seed_of_numpy_is_the_same_seed():
+    rounded = [
+        train(dtype=torch.bfloat16, bf16_stochastic_round=True, rounding_seed=seed)
+        for seed in (np.int64(12345), 12345, 12346)
+    ]
+    assert torch.equal(rounded[0], rounded[1]) and not torch.equal(rounded[1], rounded[2])
+
+
+def test_a_schedule_may_compute_with_numpy():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = PAdam([weight], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.float32(0.5))
+    for _ in range(2):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        schedule.step()
+    assert weight.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"lr": np.float32("nan")}, {"lr": np.bool_(True)}, {"eps": np.int64(-1)}, {"rounding_seed": np.float64(1)},
+     {"lambda_p": np.ones(1)}, {"s_rate": True}, {"rounding_seed": False}, {"late_decay": 1}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_number_in_range_is_refused_whoever_makes_it(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))}=.* is not allowed"):
+        PAdam([nn.Parameter(torch.ones(3))], **option)
