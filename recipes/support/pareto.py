@@ -172,8 +172,8 @@ class Comparison:
         buffer = io.StringIO()
         writer = csv.writer(buffer)
         tested = ["test_loss"] if self._tested else []
-        others = list(self.points[0].others)
-        writer.writerow(["method", "setting", "seed", "loss", *tested, "sparsity", *others, "on_front"])
+        names = list(self.points[0].others)
+        writer.writerow(["method", "setting", "seed", "loss", *tested, "sparsity", *names, "on_front"])
         for p in self.points:
             tests = dict(enumerate(p.test_losses))
             for i, (seed, (sparsity, loss)) in enumerate(p.by_seed.items()):
