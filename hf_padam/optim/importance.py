@@ -7,7 +7,7 @@ quantiles of `target_sparsity`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -115,19 +115,28 @@ def fisher_scale(measured: Iterable[Measured], sample: int | None = None) -> flo
     return math.sqrt(squared_x / squared_w) if squared_x > 0 else 1.0
 
 
-def update_scale(optimizer: Optimizer) -> None:
+def needs_scale(group: Mapping[str, Any]) -> bool:
+    """Whether a group is of those that `update_scale` is about: under "fisher", and nothing steers it."""
+    return group.get("importance") == "fisher" and group["lambda_p"] > 0 and REFERENCE not in group
+
+
+def update_scale(optimizer: Optimizer, taken: int | None = None) -> None:
     """Compute mu of the groups under "fisher" that nothing steers, if it is time to; to be called before a step.
 
     Since all processes, and a resumed run, have the same weights and moments after the same steps, they have the same
     mu. Between two computations nothing is read from the device.
+
+    Args:
+        optimizer: See `measure`.
+        taken: How many steps these groups have taken; by default the first of their states is asked.
     """
-    pool = [g for g in optimizer.param_groups if g.get("importance") == "fisher" and g["lambda_p"] > 0]
-    pool = [group for group in pool if REFERENCE not in group]
-    states = (optimizer.state.get(param) for group in pool for param in group["params"])
-    taken = next((int(state["step"]) for state in states if state), 0)
+    pool = [group for group in optimizer.param_groups if needs_scale(group)]
+    if taken is None:
+        states = (optimizer.state.get(param) for group in pool for param in group["params"])
+        taken = next((int(state["step"]) for state in states if state), 0)
     if taken < YOUNG_STEPS:
         return
-    if any(SCALE not in group for group in pool) or taken >= _GROWTH * pool[0][SCALE_STEP]:
+    if any(SCALE not in group for group in pool) or (pool and taken >= _GROWTH * pool[0][SCALE_STEP]):
         scale = fisher_scale(measure(optimizer, pool))
         for group in pool:
             group |= {SCALE: scale, SCALE_STEP: taken}

@@ -52,6 +52,7 @@ def step(
     scalars: Scalars,
     rounding: Rounding | None = None,
     s: list[Tensor] | None = None,
+    kept: dict[Any, Any] | None = None,
 ) -> None:
     """Take one step on every tensor, in place."""
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([s] if s else [])]
