@@ -69,7 +69,7 @@ class PAdam8bit(PAdam):
         """Keep what `PAdam` keeps, and the storage."""
         return {**super().__getstate__(), "_storage": self._storage}
 
-    def _keeps_s(self, group: dict[str, Any]) -> bool:
+    def keeps_s(self, group: dict[str, Any]) -> bool:
         if group["s_rate"] < 1:
             raise ValueError(S_REFUSAL.format(group["s_rate"]))
         return False
@@ -121,7 +121,7 @@ class PAdam8bit(PAdam):
             moments = [moment.dequantize() for moment in packed]
             own = rounding and rounding._replace(tensor_keys=[random_key(*rounding.tensor_keys, start)])
             lists = [weights[part]], [grads[part]], [moments[0]], [moments[1]]
-            backend.step(*lists, scalars, own, kept=kept.setdefault(start, {}))
+            backend.step(*lists, scalars, own, kept=kept.setdefault(start, {"moving": True}))
             for moment, new in zip(packed, moments, strict=True):
                 moment.copy_(new)
         if weights.data_ptr() != tensors[0].data_ptr():  # it was a copy

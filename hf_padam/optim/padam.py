@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from itertools import compress
 from types import ModuleType
 from typing import Any
 
@@ -27,12 +26,10 @@ from .hyperparameters import (
     named,
 )
 from .importance import REFERENCE, SCALE, needs_scale, update_scale
-from .plan import Plan, Tensors, local, local_gradients, signature
+from .plan import MOMENTS, Plan, Tensors, check_dense, gradients
 from .update import Rounding, Scalars, initial_s, prepare, random_key
 
 logger = logging.getLogger(__name__)
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _LATER_OPTIONS = ("bf16_stochastic_round", "rounding_seed", *VARIANTS)
 """Options that groups saved by earlier versions lack."""
 
@@ -157,7 +154,7 @@ class PAdam(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_hyperparameters(group)
-        self._keeps_s(group)
+        self.keeps_s(group)
         for name, param in named(group):
             if not param.is_floating_point():
                 raise ValueError(
@@ -224,43 +221,20 @@ class PAdam(Optimizer):
         return loss
 
     def _prepare(self) -> tuple[Tensors, Plan]:
-        """Gather the tensors that have a gradient, create what state they lack, and plan what is not planned yet."""
-        groups = self.param_groups
-        params = [param for group in groups for param in group["params"]]
-        grads: list[Any] = [param.grad for param in params]
-        has_gradient = [grad is not None for grad in grads]
-        owners = None
-        if not all(has_gradient):
-            params, grads = list(compress(params, has_gradient)), list(compress(grads, has_gradient))
-        grads = local_gradients(params, grads)
-        states = [self.state[param] for param in params]
-        if not all(states):
-            for param, state in zip(params, states, strict=True):
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-                    state.update({name: self._new_moment(param, name) for name in MOMENTS})
-        s: list[Any] = []
-        if any([self._keeps_s(group) for group in groups]):
-            owners = self._owners(has_gradient)
-            for (number, _), param, state in zip(owners, params, states, strict=True):
-                follows = self._keeps_s(groups[number])
-                if follows and "s" not in state:
-                    state["s"] = self._new_s(param, groups[number]["p_norm"])
-                s.append(local_tensor(state["s"]) if follows else None)
-        exp_avgs, exp_avg_sqs = (local([state[name] for state in states]) for name in MOMENTS)
-        tensors = Tensors(local(params), grads, exp_avgs, exp_avg_sqs, s)
-        seen = signature(groups, has_gradient, tensors)
-        if self._plan is None or not self._plan.fits(seen, states):
-            for i, state in enumerate(states):
-                if not s or s[i] is None:
-                    state.pop("s", None)  # it would be stale when it is wanted again
-            self._plan = Plan(seen, groups, owners or self._owners(has_gradient), params, states, tensors)
+        """Return what the step is about and its plan; make a new one, and state that is missing, if it has changed."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = gradients(params)
+        tensors = self._plan and self._plan.tensors(self, params, grads)
+        if self._plan is None or tensors is None:
+            check_dense(grads)
+            for param, grad in zip(params, grads, strict=True):
+                if grad is not None and not self.state[param]:
+                    self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+                    self.state[param].update({name: self._new_moment(param, name) for name in MOMENTS})
+            self._plan = Plan(self, grads)
+            tensors = self._plan.tensors(self, params, grads)
+            assert tensors is not None
         return tensors, self._plan
-
-    def _owners(self, has_gradient: list[bool]) -> list[tuple[int, int]]:
-        """Return the number of the group, and the place in the optimizer, of each parameter that has a gradient."""
-        numbers = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
-        return list(compress(zip(numbers, range(len(numbers)), strict=True), has_gradient))
 
     def _run(
         self,
@@ -273,7 +247,7 @@ class PAdam(Optimizer):
         """Step one bucket; a fifth list of tensors, if there is one, is that of `s`."""
         backend.step(*tensors[:4], scalars, rounding, *tensors[4:], kept=kept)
 
-    def _keeps_s(self, group: dict[str, Any]) -> bool:
+    def keeps_s(self, group: dict[str, Any]) -> bool:
         """Whether a group's parameters have an auxiliary variable of their own."""
         return group["s_rate"] < 1 and group["lambda_p"] > 0
 
@@ -282,7 +256,7 @@ class PAdam(Optimizer):
         dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
-    def _new_s(self, param: Tensor, p_norm: float) -> Tensor:
+    def new_s(self, param: Tensor, p_norm: float) -> Tensor:
         """Create the auxiliary variable of a parameter, sharded as it is."""
         dtype = torch.promote_types(param.dtype, torch.float32)
         s = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)

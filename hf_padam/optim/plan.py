@@ -1,14 +1,17 @@
 """The plan of a step: what depends on which tensors there are, worked out once and kept while nothing has changed.
 
-Only scalars and addresses are new in each step. A plan holds no weight, gradient or moment, so that what is moved
-elsewhere between two steps is freed; the lists of a step are gathered anew, and compared with what was planned for.
+Only the scalars and the gradients' addresses are new in each step. A plan holds no weight, gradient or moment, so that
+what is moved elsewhere between two steps is freed: the lists of a step are gathered anew, and must be what was planned
+for. All is written for the hundreds of small tensors of a language model, where each look-up costs.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from ..sparsity import local_tensor, shard_coordinate
 from .update import random_key
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Tensors(NamedTuple):
@@ -56,58 +61,93 @@ class Plan:
     or edits one of them finds, and changes, the number that counts.
 
     Args:
-        signature: What the plan is good for: see `signature`.
-        groups: Of the optimizer.
-        owners: Of each parameter with a gradient, the number of its group and its place in the optimizer.
-        params: These parameters themselves.
-        states: Theirs.
-        tensors: Theirs.
+        optimizer: A `PAdam`, with the state of each parameter that has a gradient.
+        grads: Of all its parameters, as `gradients` returns them.
     """
 
-    def __init__(
-        self,
-        signature: Any,
-        groups: Sequence[dict[str, Any]],
-        owners: Sequence[tuple[int, int]],
-        params: Sequence[Tensor],
-        states: Sequence[dict[str, Any]],
-        tensors: Tensors,
-    ) -> None:
-        """Sort the tensors into buckets, and unite their step numbers."""
-        self.signature = signature
+    def __init__(self, optimizer: Any, grads: list[Tensor | None]) -> None:
+        """Sort the tensors into buckets, unite their step numbers, and note all that must stay as it is."""
+        groups, state = optimizer.param_groups, optimizer.state
+        params = [param for group in groups for param in group["params"]]
+        owners = [number for number, group in enumerate(groups) for _ in group["params"]]
+        self._has_gradient = None if all(g is not None for g in grads) else [g is not None for g in grads]
+        active = [place for place, grad in enumerate(grads) if grad is not None]
+        states = [state[params[place]] for place in active]
+        for place, own in zip(active, states, strict=True):
+            if optimizer.keeps_s(groups[owners[place]]):
+                if "s" not in own:
+                    own["s"] = optimizer.new_s(params[place], groups[owners[place]]["p_norm"])
+            else:
+                own.pop("s", None)  # it would be stale when it is wanted again
+        self._follows = any("s" in own for own in states)
+        tensors = self._gather([params[i] for i in active], [g for g in grads if g is not None], states)
         self.elements: defaultdict[torch.device, int] = defaultdict(int)
         buckets: dict[tuple, Bucket] = {}
-        lists = tensors if tensors.s else tensors[:4]
-        for i, ((number, place), param, state) in enumerate(zip(owners, params, states, strict=True)):
-            group, own = groups[number], [values[i] for values in lists]
-            dtypes = tuple(t if t is None else t.dtype for t in own)
-            taken, device = int(state["step"]), own[0].device
-            rounds = group["bf16_stochastic_round"] and torch.bfloat16 in (dtypes[0], dtypes[3])
-            new = Bucket(number, device, rounds, taken, len(own) == 5 and own[4] is not None)
-            bucket = buckets.setdefault((number, taken, device, dtypes), new)
+        for i, (place, own) in enumerate(zip(active, states, strict=True)):
+            values = [t[i] for t in tensors if t]
+            taken, device = int(own["step"]), values[0].device
+            dtypes = tuple(t if t is None else t.dtype for t in values)
+            rounds = groups[owners[place]]["bf16_stochastic_round"] and torch.bfloat16 in (dtypes[0], dtypes[3])
+            new = Bucket(owners[place], device, rounds, taken, "s" in own)
+            bucket = buckets.setdefault((owners[place], taken, device, dtypes), new)
             bucket.places.append(i)
-            bucket.keys.append(random_key(group["rounding_seed"], place, *shard_coordinate(param)))
-            self.elements[device] += param.numel()
+            seed = groups[owners[place]]["rounding_seed"]
+            bucket.keys.append(random_key(seed, place, *shard_coordinate(params[place])))
+            self.elements[device] += params[place].numel()
         self.buckets = list(buckets.values())
+        for bucket in self.buckets:
+            bucket.whole = bucket.places == list(range(len(active)))
         numbers = [bucket.taken for bucket in self.buckets for _ in bucket.places]
         self._steps = torch.tensor(numbers, dtype=torch.float32, device="cpu")  # on a GPU, reading would wait for it
         self._expected = self._steps.clone()
-        self._addresses = [0] * len(params)
-        views = iter(self._steps.unbind())
-        for bucket in self.buckets:
-            bucket.whole = bucket.places == list(range(len(params)))
-            for i in bucket.places:
-                states[i]["step"] = next(views)
-                self._addresses[i] = states[i]["step"].data_ptr()
+        places = [i for bucket in self.buckets for i in bucket.places]
+        for i, step in zip(places, self._steps.unbind(), strict=True):
+            states[i]["step"] = step
+        known = {id(param): i for i, param in enumerate(state)}
+        self._order: list[int] | None = [known[id(params[place])] for place in active]
+        if self._order == list(range(len(state))):
+            self._order = None
+        self._options = self._options_of(optimizer)
+        self._params, self._keys = list(map(id, params)), list(map(id, state))
+        self._state = self._identities(states)
+        self._seen = self._described(tensors)
+        self._lost = False
+        kept = [*params, *state, *(t for own in states for t in own.values() if isinstance(t, Tensor))]
+        self._references = [weakref.ref(t, self._lose) for t in kept]
 
-    def fits(self, signature: Any, states: Sequence[dict[str, Any]]) -> bool:
-        """Whether nothing has changed: neither the tensors and options, nor, by another hand, the step numbers."""
-        if signature != self.signature or not torch.equal(self._steps, self._expected):
-            return False
+    def _lose(self, _: Any) -> None:
+        """Note that one of the tensors is gone: another may have got its identity, and its address."""
+        self._lost = True
+
+    def tensors(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> Tensors | None:
+        """Return what the step is about if it is what was planned for, None if anything has changed.
+
+        That is: parameters, states, which of them have a gradient, dtypes, layouts, addresses (but for gradients),
+        options, and step numbers.
+
+        Args:
+            optimizer: The one that was planned for.
+            params: All its parameters.
+            grads: Theirs, as `gradients` returns them.
+        """
+        if self._lost or self._params != list(map(id, params)) or self._keys != list(map(id, optimizer.state)):
+            return None
+        active: list[Any] = grads
+        if type(None) in set(map(type, grads)) or self._has_gradient is not None:
+            if [grad is not None for grad in grads] != self._has_gradient:
+                return None
+            params, active = list(compress(params, self._has_gradient)), list(compress(grads, self._has_gradient))
+        states = list(optimizer.state.values())
+        if self._order is not None:
+            states = [states[i] for i in self._order]
         try:
-            return [state["step"].data_ptr() for state in states] == self._addresses
-        except AttributeError:  # a number that is no tensor
-            return False
+            if self._state != self._identities(states) or self._options != self._options_of(optimizer):
+                return None
+            tensors = self._gather(params, active, states)
+            unchanged = torch.equal(self._steps, self._expected) and self._seen == self._described(tensors)
+        except (KeyError, RuntimeError):  # no moments; a sparse gradient
+            return None
+        return tensors if unchanged else None
 
     def count(self, finished: int) -> None:
         """Count a step of the parameters of the first so many buckets."""
@@ -117,49 +157,64 @@ class Plan:
         self._steps[:parameters] += 1
         self._expected[:parameters] += 1
 
+    def _options_of(self, optimizer: Any) -> list[tuple]:
+        names = "rounding_seed", "bf16_stochastic_round"
+        keeps_s = optimizer.keeps_s
+        return [(len(g["params"]), keeps_s(g), *[g[name] for name in names]) for g in optimizer.param_groups]
 
-def signature(groups: Sequence[dict[str, Any]], has_gradient: list[bool], tensors: Tensors) -> tuple:
-    """Return all that a plan depends on, but for the step numbers; to be compared with that of another step."""
-    options = [(len(g["params"]), g["rounding_seed"], g["bf16_stochastic_round"]) for g in groups]
-    s = [t for t in tensors.s if t is not None]
-    kept = [t is not None for t in tensors.s]
-    places = [t.numel() for t in tensors.params], [t.device for t in tensors.params]
-    return options, has_gradient, kept, *places, *[_described(values) for values in (*tensors[:4], s)]
+    def _identities(self, states: list[dict[str, Any]]) -> list[Any]:
+        names = ["step", *MOMENTS]
+        identities: list[Any] = [list(map(id, map(itemgetter(name), states))) for name in names]
+        return identities + [[id(state.get("s")) for state in states]] * self._follows
+
+    def _gather(self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]) -> Tensors:
+        exp_avgs, exp_avg_sqs = (_local(list(map(itemgetter(name), states))) for name in MOMENTS)
+        s: list[Any] = [state.get("s") for state in states] if self._follows else []
+        return Tensors(_local(params), grads, exp_avgs, exp_avg_sqs, [t if t is None else local_tensor(t) for t in s])
+
+    def _described(self, tensors: Tensors) -> tuple:
+        """Return what identity leaves open: addresses and dtypes of parameters and states, layouts of gradients."""
+        s = [t for t in tensors.s if t is not None]
+        addresses = [_addresses(values) for values in (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, s)]
+        dtypes = [list(map(attrgetter("dtype"), values)) for values in (tensors.params, tensors.grads)]
+        return addresses, dtypes, list(map(Tensor.stride, tensors.grads))
 
 
-def _described(tensors: list[Tensor]) -> tuple:
-    """Return types, dtypes and layouts; of tensors that wrap others, packed moments for example, the types only."""
-    types = list(map(type, tensors))
-    if any(hasattr(kind, "__tensor_flatten__") for kind in set(types)):
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    """Return where tensors are; not of those that wrap others, packed moments for example."""
+    if any(hasattr(kind, "__tensor_flatten__") for kind in set(map(type, tensors))):
         tensors = [t for t in tensors if not hasattr(type(t), "__tensor_flatten__")]
-    return types, [t.dtype for t in tensors], [t.stride() for t in tensors]
+    return list(map(Tensor.data_ptr, tensors))
 
 
-def local(tensors: list[Tensor]) -> list[Tensor]:
+def _local(tensors: list[Tensor]) -> list[Tensor]:
     """Return the local shards of DTensors, and other tensors as they are."""
     if any(issubclass(kind, DTensor) for kind in set(map(type, tensors))):
         return [local_tensor(t) for t in tensors]
     return tensors
 
 
-def local_gradients(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """Return gradients' local shards, sharded as the parameters are.
-
-    Raises:
-        RuntimeError: If a gradient is sparse.
-    """
-    for param, grad in zip(params, grads, strict=True):
-        if grad.layout is not torch.strided:
-            raise RuntimeError(
-                f"PAdam needs dense gradients; one of shape {tuple(param.shape)} is {grad.layout}. "
-                "Set sparse=False on the embedding, or use torch.optim.SparseAdam for it."
-            )
+def gradients(params: list[Tensor]) -> list[Tensor | None]:
+    """Return the parameters' gradients: of DTensors local shards, sharded as the parameters are."""
+    grads: list[Any] = list(map(attrgetter("grad"), params))
     if not any(issubclass(kind, DTensor) for kind in set(map(type, grads))):
         return grads
-    placed = []
-    for param, grad in zip(params, grads, strict=True):
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
             # E.g. a replicated weight under sequence parallelism: its gradient is a sum yet to be completed.
-            grad = grad.redistribute(placements=param.placements)
-        placed.append(local_tensor(grad))
-    return placed
+            grads[i] = grad.redistribute(placements=param.placements)
+    return _local(grads)
+
+
+def check_dense(grads: list[Tensor | None]) -> None:
+    """Check gradients before anything is changed.
+
+    Raises:
+        RuntimeError: If one is sparse.
+    """
+    for grad in grads:
+        if grad is not None and grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"PAdam needs dense gradients; one of shape {tuple(grad.shape)} is {grad.layout}. "
+                "Set sparse=False on the embedding, or use torch.optim.SparseAdam for it."
+            )

@@ -4,8 +4,9 @@
         Lists of plain tensors, aligned, of one device and one dtype per list; updated in place, gradients only read.
         `scalars` is an `update.Scalars`, the same for all of them; `rounding`, an `update.Rounding`, asks for
         stochastic rounding of what is bf16; `s`, one more list of tensors, goes with `scalars.s_rate` below 1.
-        `kept`, a dict, is for what a backend wants to keep between steps: the caller hands it over, empty at first,
-        with tensors that are the same in number, dtypes, sizes and layouts, wherever in memory they are now.
+        `kept`, a dict, is for what a backend wants to keep between steps. The caller hands it over, empty at first,
+        with tensors of the same number, dtypes, sizes and layouts, at the same addresses but for those of gradients;
+        or, where it has `kept["moving"]` set, at any.
     unavailable(device) -> str | None
         Why the backend cannot run there, or None if it can.
 

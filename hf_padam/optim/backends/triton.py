@@ -90,19 +90,23 @@ def step(
         raise RuntimeError("PAdam's step cannot be captured in a CUDA graph: capture forward and backward only")
     lists = (params, grads, exp_avgs, exp_avg_sqs, *([s] if s else []))
     kept = {} if kept is None else kept
-    addresses = [[t.data_ptr() for t in tensors] for tensors in lists]
     keys = rounding.tensor_keys if rounding else [0] * len(params)
     stream = _stream(params[0].device)
-    if kept.get("stream") != stream or not all([launch.move(addresses) for launch in kept["launches"]]):
+    before = kept["addresses"] if kept.get("stream") == stream else None
+    if before is None or kept.get("moving"):
+        addresses = [[t.data_ptr() for t in tensors] for tensors in lists]
+    else:
+        addresses = [before[0], list(map(Tensor.data_ptr, grads)), *before[2:]]
+    if before is None or (addresses != before and not all([launch.move(addresses) for launch in kept["launches"]])):
         launches, irregular = _divide(lists, addresses, keys)
         kept |= dict(stream=stream, launches=launches, irregular=irregular)
+    kept["addresses"] = addresses
     for i in kept["irregular"]:
         own = rounding and rounding._replace(tensor_keys=[keys[i]])
         eager.step([params[i]], [grads[i]], [exp_avgs[i]], [exp_avg_sqs[i]], scalars, own, s and [s[i]])
     for launch in kept["launches"]:
         _launch(launch, lists, scalars, rounding)
-    for tensors in (params, *lists[2:]):
-        torch.autograd.graph.increment_version(tensors)
+    torch.autograd.graph.increment_version(params)  # as any in-place operation does, for graphs that hold weights
 
 
 def _stream(device: torch.device) -> Any:
