@@ -79,8 +79,10 @@ class Plan:
                     own["s"] = optimizer.new_s(params[place], groups[owners[place]]["p_norm"])
             else:
                 own.pop("s", None)  # it would be stale when it is wanted again
+        self._wrapped = any(_wraps(type(t)) for t in [*params, *(t for own in states for t in own.values())])
         self._follows = any("s" in own for own in states)
-        tensors = self._gather([params[i] for i in active], [g for g in grads if g is not None], states)
+        own_params, own_grads = [params[place] for place in active], [grad for grad in grads if grad is not None]
+        tensors = Tensors(_local(own_params), own_grads, *map(_local, self._kept(states)[1:]))
         self.elements: defaultdict[torch.device, int] = defaultdict(int)
         buckets: dict[tuple, Bucket] = {}
         for i, (place, own) in enumerate(zip(active, states, strict=True)):
@@ -107,9 +109,9 @@ class Plan:
         self._order: list[int] | None = [known[id(params[place])] for place in active]
         if self._order == list(range(len(state))):
             self._order = None
-        self._options = self._options_of(optimizer)
-        self._params, self._keys = list(map(id, params)), list(map(id, state))
-        self._state = self._identities(states)
+        self._options = _options(optimizer)
+        self._params = list(map(id, params))
+        self._state = [list(map(id, values)) for values in self._kept(states)]
         self._seen = self._described(tensors)
         self._lost = False
         kept = [*params, *state, *(t for own in states for t in own.values() if isinstance(t, Tensor))]
@@ -130,7 +132,7 @@ class Plan:
             params: All its parameters.
             grads: Theirs, as `gradients` returns them.
         """
-        if self._lost or self._params != list(map(id, params)) or self._keys != list(map(id, optimizer.state)):
+        if self._lost or self._params != list(map(id, params)):
             return None
         active: list[Any] = grads
         if type(None) in set(map(type, grads)) or self._has_gradient is not None:
@@ -141,9 +143,11 @@ class Plan:
         if self._order is not None:
             states = [states[i] for i in self._order]
         try:
-            if self._state != self._identities(states) or self._options != self._options_of(optimizer):
+            kept = self._kept(states)
+            if self._state != [list(map(id, values)) for values in kept] or self._options != _options(optimizer):
                 return None
-            tensors = self._gather(params, active, states)
+            params, *kept = map(_local, (params, *kept[1:])) if self._wrapped else (params, *kept[1:])
+            tensors = Tensors(params, active, *kept)
             unchanged = torch.equal(self._steps, self._expected) and self._seen == self._described(tensors)
         except (KeyError, RuntimeError):  # no moments; a sparse gradient
             return None
@@ -153,38 +157,38 @@ class Plan:
         """Count a step of the parameters of the first so many buckets."""
         for bucket in self.buckets[:finished]:
             bucket.taken += 1
-        parameters = sum(len(bucket.places) for bucket in self.buckets[:finished])
-        self._steps[:parameters] += 1
-        self._expected[:parameters] += 1
+        parameters = sum([len(bucket.places) for bucket in self.buckets[:finished]])
+        for steps in (self._steps, self._expected):
+            (steps if finished == len(self.buckets) else steps[:parameters]).add_(1)
 
-    def _options_of(self, optimizer: Any) -> list[tuple]:
-        names = "rounding_seed", "bf16_stochastic_round"
-        keeps_s = optimizer.keeps_s
-        return [(len(g["params"]), keeps_s(g), *[g[name] for name in names]) for g in optimizer.param_groups]
-
-    def _identities(self, states: list[dict[str, Any]]) -> list[Any]:
-        names = ["step", *MOMENTS]
-        identities: list[Any] = [list(map(id, map(itemgetter(name), states))) for name in names]
-        return identities + [[id(state.get("s")) for state in states]] * self._follows
-
-    def _gather(self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]) -> Tensors:
-        exp_avgs, exp_avg_sqs = (_local(list(map(itemgetter(name), states))) for name in MOMENTS)
-        s: list[Any] = [state.get("s") for state in states] if self._follows else []
-        return Tensors(_local(params), grads, exp_avgs, exp_avg_sqs, [t if t is None else local_tensor(t) for t in s])
+    def _kept(self, states: list[dict[str, Any]]) -> list[list[Any]]:
+        """Return the step numbers, the moments and, or an empty list, what there is of `s`."""
+        lists = [list(map(itemgetter(name), states)) for name in ("step", *MOMENTS)]
+        return [*lists, [state.get("s") for state in states] if self._follows else []]
 
     def _described(self, tensors: Tensors) -> tuple:
-        """Return what identity leaves open: addresses and dtypes of parameters and states, layouts of gradients."""
-        s = [t for t in tensors.s if t is not None]
-        addresses = [_addresses(values) for values in (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, s)]
-        dtypes = [list(map(attrgetter("dtype"), values)) for values in (tensors.params, tensors.grads)]
-        return addresses, dtypes, list(map(Tensor.stride, tensors.grads))
+        """Return what identity leaves open: addresses of parameters and states, and what gradients look like.
+
+        The parameters look the same: torch gives them no others.
+        """
+        lists: list[list[Any]] = [tensors.params, *tensors[2:]]
+        if self._wrapped or self._follows:  # packed moments have no address; there may be no `s`
+            lists = [[t for t in values if t is not None and not _wraps(type(t))] for values in lists]
+        addresses = [list(map(Tensor.data_ptr, values)) for values in lists]
+        sizes, layouts = list(map(Tensor.numel, tensors.grads)), list(map(Tensor.stride, tensors.grads))
+        return addresses, sizes, layouts, list(map(attrgetter("dtype"), tensors.grads))
 
 
-def _addresses(tensors: list[Tensor]) -> list[int]:
-    """Return where tensors are; not of those that wrap others, packed moments for example."""
-    if any(hasattr(kind, "__tensor_flatten__") for kind in set(map(type, tensors))):
-        tensors = [t for t in tensors if not hasattr(type(t), "__tensor_flatten__")]
-    return list(map(Tensor.data_ptr, tensors))
+def _options(optimizer: Any) -> list[tuple]:
+    keeps_s = optimizer.keeps_s
+    return [
+        (len(g["params"]), g["rounding_seed"], g["bf16_stochastic_round"], keeps_s(g)) for g in optimizer.param_groups
+    ]
+
+
+def _wraps(kind: type) -> bool:
+    """Whether a class of tensors is a wrapper of others, as DTensor is."""
+    return hasattr(kind, "__tensor_flatten__")
 
 
 def _local(tensors: list[Tensor]) -> list[Tensor]:

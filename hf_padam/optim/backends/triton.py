@@ -192,6 +192,7 @@ def _launch(launch: _Launch, lists: tuple[list[Tensor], ...], scalars: Scalars, 
         )
 
 
+@functools.cache
 def _triton_dtype(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
