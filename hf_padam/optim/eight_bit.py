@@ -70,6 +70,7 @@ class PAdam8bit(PAdam):
         return {**super().__getstate__(), "_storage": self._storage}
 
     def keeps_s(self, group: dict[str, Any]) -> bool:
+        """Refuse the auxiliary variable."""
         if group["s_rate"] < 1:
             raise ValueError(S_REFUSAL.format(group["s_rate"]))
         return False

@@ -224,7 +224,7 @@ class PAdam(Optimizer):
         """Return what the step is about and its plan; make a new one, and state that is missing, if it has changed."""
         params = [param for group in self.param_groups for param in group["params"]]
         grads = gradients(params)
-        tensors = self._plan and self._plan.tensors(self, params, grads)
+        tensors = None if self._plan is None else self._plan.tensors(self, params, grads)
         if self._plan is None or tensors is None:
             check_dense(grads)
             for param, grad in zip(params, grads, strict=True):

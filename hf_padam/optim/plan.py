@@ -25,13 +25,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Tensors(NamedTuple):
-    """What one step is about: aligned lists, one element for each parameter that has a gradient; of DTensors shards."""
+    """What one step is about: aligned lists with an element for each parameter that has a gradient; local shards."""
 
     params: list[Tensor]
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
-    s: list[Tensor | None]  # None for parameters of groups that keep none; empty if no group does
+    s: list[Any]  # tensors, None for parameters of groups that keep none; empty if no group does
 
 
 @dataclass
@@ -82,23 +82,13 @@ class Plan:
         self._wrapped = any(_wraps(type(t)) for t in [*params, *(t for own in states for t in own.values())])
         self._follows = any("s" in own for own in states)
         own_params, own_grads = [params[place] for place in active], [grad for grad in grads if grad is not None]
-        tensors = Tensors(_local(own_params), own_grads, *map(_local, self._kept(states)[1:]))
-        self.elements: defaultdict[torch.device, int] = defaultdict(int)
-        buckets: dict[tuple, Bucket] = {}
-        for i, (place, own) in enumerate(zip(active, states, strict=True)):
-            values = [t[i] for t in tensors if t]
-            taken, device = int(own["step"]), values[0].device
-            dtypes = tuple(t if t is None else t.dtype for t in values)
-            rounds = groups[owners[place]]["bf16_stochastic_round"] and torch.bfloat16 in (dtypes[0], dtypes[3])
-            new = Bucket(owners[place], device, rounds, taken, "s" in own)
-            bucket = buckets.setdefault((owners[place], taken, device, dtypes), new)
-            bucket.places.append(i)
-            seed = groups[owners[place]]["rounding_seed"]
-            bucket.keys.append(random_key(seed, place, *shard_coordinate(params[place])))
-            self.elements[device] += params[place].numel()
-        self.buckets = list(buckets.values())
-        for bucket in self.buckets:
-            bucket.whole = bucket.places == list(range(len(active)))
+        moments = [_local(values) for values in self._kept(states)[1:]]
+        tensors = Tensors(_local(own_params), own_grads, *moments)
+        owned = [(owners[place], place, groups[owners[place]]) for place in active]
+        self.buckets = self._sorted(owned, own_params, states, tensors)
+        self.elements: defaultdict[torch.device, int] = defaultdict(int)  # on each device
+        for param in own_params:
+            self.elements[param.device] += param.numel()
         numbers = [bucket.taken for bucket in self.buckets for _ in bucket.places]
         self._steps = torch.tensor(numbers, dtype=torch.float32, device="cpu")  # on a GPU, reading would wait for it
         self._expected = self._steps.clone()
@@ -106,16 +96,36 @@ class Plan:
         for i, step in zip(places, self._steps.unbind(), strict=True):
             states[i]["step"] = step
         known = {id(param): i for i, param in enumerate(state)}
-        self._order: list[int] | None = [known[id(params[place])] for place in active]
-        if self._order == list(range(len(state))):
-            self._order = None
-        self._options = _options(optimizer)
-        self._params = list(map(id, params))
-        self._state = [list(map(id, values)) for values in self._kept(states)]
-        self._seen = self._described(tensors)
+        order = [known[id(param)] for param in own_params]
+        self._order = None if order == list(range(len(state))) else order
+        kept = self._kept(states)
+        self._options, self._params = _options(optimizer), list(map(id, params))
+        self._state, self._seen = [list(map(id, values)) for values in kept], self._described(kept[0], tensors)
         self._lost = False
-        kept = [*params, *state, *(t for own in states for t in own.values() if isinstance(t, Tensor))]
-        self._references = [weakref.ref(t, self._lose) for t in kept]
+        identified = [*params, *(t for values in kept for t in values if t is not None)]
+        self._references = [weakref.ref(t, self._lose) for t in identified]
+
+    def _sorted(
+        self,
+        owned: list[tuple[int, int, dict[str, Any]]],
+        params: list[Tensor],
+        states: list[dict[str, Any]],
+        tensors: Tensors,
+    ) -> list[Bucket]:
+        """Return the buckets of parameters, of which are known the group's number, the place and the group."""
+        buckets: dict[tuple, Bucket] = {}
+        for i, ((number, place, group), param, state) in enumerate(zip(owned, params, states, strict=True)):
+            values: list[Any] = [t[i] for t in tensors if t]
+            taken, device = int(state["step"]), values[0].device
+            dtypes = tuple(t if t is None else t.dtype for t in values)
+            rounds = group["bf16_stochastic_round"] and torch.bfloat16 in (dtypes[0], dtypes[3])
+            new = Bucket(number, device, rounds, taken, "s" in state)
+            bucket = buckets.setdefault((number, taken, device, dtypes), new)
+            bucket.places.append(i)
+            bucket.keys.append(random_key(group["rounding_seed"], place, *shard_coordinate(param)))
+        for bucket in buckets.values():
+            bucket.whole = bucket.places == list(range(len(params)))
+        return list(buckets.values())
 
     def _lose(self, _: Any) -> None:
         """Note that one of the tensors is gone: another may have got its identity, and its address."""
@@ -146,9 +156,11 @@ class Plan:
             kept = self._kept(states)
             if self._state != [list(map(id, values)) for values in kept] or self._options != _options(optimizer):
                 return None
-            params, *kept = map(_local, (params, *kept[1:])) if self._wrapped else (params, *kept[1:])
-            tensors = Tensors(params, active, *kept)
-            unchanged = torch.equal(self._steps, self._expected) and self._seen == self._described(tensors)
+            steps, *moments = kept
+            if self._wrapped:
+                params, *moments = map(_local, (params, *moments))
+            tensors = Tensors(params, active, *moments)
+            unchanged = torch.equal(self._steps, self._expected) and self._seen == self._described(steps, tensors)
         except (KeyError, RuntimeError):  # no moments; a sparse gradient
             return None
         return tensors if unchanged else None
@@ -166,12 +178,12 @@ class Plan:
         lists = [list(map(itemgetter(name), states)) for name in ("step", *MOMENTS)]
         return [*lists, [state.get("s") for state in states] if self._follows else []]
 
-    def _described(self, tensors: Tensors) -> tuple:
-        """Return what identity leaves open: addresses of parameters and states, and what gradients look like.
+    def _described(self, steps: list[Tensor], tensors: Tensors) -> tuple:
+        """Return what identity leaves open: addresses of parameters and states, and how gradients look.
 
         The parameters look the same: torch gives them no others.
         """
-        lists: list[list[Any]] = [tensors.params, *tensors[2:]]
+        lists: list[list[Any]] = [steps, tensors.params, *tensors[2:]]
         if self._wrapped or self._follows:  # packed moments have no address; there may be no `s`
             lists = [[t for t in values if t is not None and not _wraps(type(t))] for values in lists]
         addresses = [list(map(Tensor.data_ptr, values)) for values in lists]
@@ -198,8 +210,8 @@ def _local(tensors: list[Tensor]) -> list[Tensor]:
     return tensors
 
 
-def gradients(params: list[Tensor]) -> list[Tensor | None]:
-    """Return the parameters' gradients: of DTensors local shards, sharded as the parameters are."""
+def gradients(params: list[Tensor]) -> list[Any]:
+    """Return the parameters' gradients, or None: of DTensors local shards, sharded as the parameters are."""
     grads: list[Any] = list(map(attrgetter("grad"), params))
     if not any(issubclass(kind, DTensor) for kind in set(map(type, grads))):
         return grads

@@ -23,8 +23,9 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside the test b
     [
         ["tests/optim/test_update.py", "tests/optim/test_stochastic_rounding.py", "-k", "triton"],
         ["tests/optim/test_triton.py"],
+        ["tests/optim/test_plan.py", "-k", "triton"],
     ],
-    ids=["parity", "launch"],
+    ids=["parity", "launch", "plan"],
 )
 def test_under_the_interpreter(what):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=-m 'not slow'", *what]
