@@ -78,7 +78,7 @@ def sum_over_shards(values: Tensor, sharding: Any) -> Tensor:
     return DTensor.from_local(values, mesh, partial).full_tensor()
 
 
-def _count_zeros(tensor: Tensor) -> Tensor:
+def zeros_in(tensor: Tensor) -> Tensor:
     """Count the zeros of a local tensor, of either sign."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
     if not tensor.is_floating_point() or integer is None:
@@ -105,7 +105,7 @@ def count_zeros(
     elements: defaultdict[tuple, list[int]] = defaultdict(list)
     for name, tensor in tensors.items():
         local, sharding = local_shard(tensor)
-        counts = [_count_zeros(local)]
+        counts = [zeros_in(local)]
         if near_zero is not None:
             counts.append(torch.count_nonzero(local.abs() < near_zero) - counts[0])
         batches[local.device, sharding][name] = counts

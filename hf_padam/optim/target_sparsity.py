@@ -117,7 +117,7 @@ class TargetSparsity:
         self.at_once = start == end
         self.first = min(math.floor(start * total_steps), total_steps - 1)
         self.last = max(self.first + 1, round(end * total_steps))  # the ramp arrives after this many steps
-        self.interval = max(1, (self.last - self.first) // _UPDATES)
+        self.interval = math.ceil((self.last - self.first) / _UPDATES)
         self.optimizer = unwrap(optimizer)
         if not isinstance(self.optimizer, PAdam):
             raise ValueError(
@@ -252,17 +252,16 @@ class TargetSparsity:
         Of weights that have had no gradient under "fisher", none dies before the end of the ramp: the share is one of
         the others.
         """
-        zeros, _ = _zeros(pool)
         horizon = max(self.interval, min(math.ceil(_HORIZON * (self.last - self.first)), self.last - step))
         if all(group["p_norm"] == -math.inf for group in pool):  # who is to die does so at once
             horizon = self.interval
         ahead = min(self.planned(step + horizon, pool[0]["target_initial"]), self.target - _LAST)
         sample = max(_SMALL_SAMPLE, _SAMPLE // sum(len(_params(other)) for other in self._pools()))
-        measured, scale = measure(self.optimizer, pool), 1.0
+        measured, mu = measure(self.optimizer, pool), None
         if any(group["importance"] == "fisher" for group in pool):
-            scale = fisher_scale(measured, sample)
-            measured = measure(self.optimizer, pool, scale)
-        counts, _ = histogram(measured, sample)
+            mu = fisher_scale(measured, sample)
+            measured = measure(self.optimizer, pool, mu)
+        counts, _, zeros, scale = histogram(measured, sample, mu)
         if zeros >= ahead * float(counts.sum()):
             for group in pool:
                 group["target_reference"] = 0.0
@@ -280,7 +279,7 @@ class TargetSparsity:
         """Zero the smallest weights until the target is met: what the decay did not get to."""
         before, elements = _zeros(pool)
         measured = measure(self.optimizer, pool)
-        _, unknown = histogram(measured)  # weights without a gradient so far, of which the same share is to go
+        unknown = histogram(measured).infinite  # weights without a gradient so far, of which the same share is to go
         missing = max(0, math.ceil(self.target * elements) - before)
         at_random = min(missing, round(self.target * unknown))
         threshold = zero_smallest_(measured, min(missing - at_random, elements - before - int(unknown)))
