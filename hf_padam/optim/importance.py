@@ -108,7 +108,7 @@ def fisher_scale(measured: Iterable[Measured], sample: int | None = None) -> Ten
     for tensor in measured:
         device = tensor.weight.device
         precise = torch.float32 if device.type == "mps" else torch.float64
-        sums, step = torch.zeros(2, dtype=precise, device=device), tensor.stride(sample)
+        sums, step = tensor.weight.new_zeros(2, dtype=precise), tensor.stride(sample)
         for weight, x in tensor.slices(step):
             known = x.isfinite()
             sums[0] += step * torch.where(known, x.to(precise), 0).square().sum()

@@ -8,9 +8,8 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_padam import PAdam
+from hf_padam import PAdam, TargetSparsity
 from hf_padam.optim.backends import BACKENDS, eager
 
 CPU = torch.device("cpu")
@@ -271,45 +270,87 @@ def test_of_a_step_that_fails_halfway_the_groups_that_were_done_count():
     assert [optimizer.state[param]["step"].item() for param in params[:5]] == [3, 3, 3, 2, 2]
 
 
-class Transfers(TorchDispatchMode):
-    """Counts what makes a host wait for a device, were the tensors on one: values that become Python's, copies."""
+WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "unique")
 
-    def __init__(self):
-        super().__init__()
-        self.seen = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().split("::")[1].split(".")[0]
-        if name in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "unique"):
-            self.seen.append(name)
-        return function(*args, **kwargs or {})
+class OnDevice(torch.Tensor):
+    """Stands for a tensor on a GPU: notes what would make the host wait. All that is computed from it is one, too."""
+
+    waits: list[str] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ in WAITS:
+            OnDevice.waits.append(function.__name__)
+        if function.__name__ == "cpu":
+            return args[0].as_subclass(torch.Tensor)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def on_device(**options):
+    """A tensor each in two groups, with gradients, and an optimizer."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(8, 8, generator=generator).as_subclass(OnDevice)) for _ in range(2)]
+    optimizer = PAdam([{"params": [param]} for param in params], lr=1e-2, p_norm=0.5, **options)
+    assert type(params[0].detach() * 2) is OnDevice
+    return params, optimizer
+
+
+def waits(params, optimizer, steps):
+    """Yield for each step what would make the host wait."""
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        for param in params:
+            param.grad = torch.randn(8, 8, generator=generator).as_subclass(OnDevice)
+        OnDevice.waits.clear()
+        optimizer.step()
+        yield list(OnDevice.waits)
+
+
+def no_launch(monkeypatch):
+    """Let the Triton backend come as far as the launch of its kernel."""
+    pytest.importorskip("triton")
+    from hf_padam.optim.backends import triton, triton_kernel
+
+    monkeypatch.setattr(triton, "unavailable", lambda device: None)
+    monkeypatch.setattr(triton_kernel, "step_kernel", mock.MagicMock())
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-@pytest.mark.parametrize("importance", ["magnitude", "fisher"])
-def test_a_step_does_not_wait_for_the_device(backend, importance, monkeypatch):
+@pytest.mark.parametrize(
+    "options", [{}, {"late_decay": True}, {"s_rate": 0.5}, {"bf16_stochastic_round": True}, {"weight_decay": 0.1}]
+)
+def test_a_step_does_not_wait_for_the_device(backend, options, monkeypatch):
     if backend == "triton":
-        if BACKENDS["triton"].unavailable(CPU) and "not installed" in BACKENDS["triton"].unavailable(CPU):
-            pytest.skip("runs where Triton is installed")
-        from hf_padam.optim.backends import triton_kernel
+        no_launch(monkeypatch)
+    params, optimizer = on_device(backend=backend, **options)
+    assert all(seen == [] for seen in waits(params, optimizer, 5))
 
-        monkeypatch.setattr(BACKENDS["triton"], "unavailable", lambda device: None)
-        monkeypatch.setattr(triton_kernel, "step_kernel", mock.MagicMock())
-    params, optimizer = build(backend, importance=importance)
-    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
-        original = getattr(torch.Tensor, name)
 
-        def counted(self, *args, name=name, original=original, **kwargs):
-            waits.append(name)
-            return original(self, *args, **kwargs)
+def test_the_counting_would_see_a_wait():
+    (param, _), _ = on_device()
+    OnDevice.waits.clear()
+    bool((param * 2).sum() > 0), float(param.sum()), param.detach().abs().tolist()
+    assert OnDevice.waits == ["__bool__", "__float__", "tolist"]
 
-        monkeypatch.setattr(torch.Tensor, name, counted)
-    waits: list[str] = []
-    for step in range(30):
-        set_gradients(params, step)
-        waits.clear()
-        with Transfers() as transfers:
-            optimizer.step()
-        due = importance == "fisher" and step >= 10 and optimizer.param_groups[0].get("importance_step") == step
-        if step and not due:
-            assert waits == [] and transfers.seen == []
+
+@pytest.mark.parametrize("importance", ["magnitude", "fisher"])
+@pytest.mark.parametrize("per_group", [False, True])
+@pytest.mark.parametrize("steps", [100, 260])
+def test_steering_reads_the_device_once_each_time_it_aims_and_aims_200_times_at_most(importance, per_group, steps):
+    params, optimizer = on_device(backend="eager", importance=importance)
+    steering = TargetSparsity(optimizer, 0.5, steps, start=0.1, end=0.9, per_group=per_group)
+    pools, aimed = 1 + per_group, 0
+    for step, seen in enumerate(waits(params, optimizer, steps)):
+        if step == 0 or step == steering.last - 1:
+            continue  # where zeros are counted, and the target is met exactly
+        assert seen in ([], ["cpu"] * pools)
+        aimed += len(seen) // pools
+    assert steering.met and min(50, steps // 4) < aimed <= 200
+
+
+def test_the_scale_of_a_constant_decay_is_read_at_few_steps():
+    params, optimizer = on_device(backend="eager", importance="fisher")
+    seen = list(waits(params, optimizer, 600))
+    assert all(one in ([], ["__float__"]) for one in seen)
+    assert 60 < sum(map(len, seen)) < 100
