@@ -25,7 +25,8 @@ from hf_padam.files import write_atomically
 
 AIMS = (
     ("PAdam triton", "ratio_to_fused_adamw", 1.05, "a step takes at most 1.05 of fused AdamW's time"),
-    ("Trainer padam", "ratio_to_fused_adamw", 1 / 0.98, "the Trainer makes at least 0.98 of fused AdamW's tokens a second"),
+    ("Trainer padam", "ratio_to_fused_adamw", 1 / 0.98,
+     "the Trainer makes at least 0.98 of fused AdamW's tokens a second"),
 )  # fmt: skip
 """An optimizer of `benchmark_step.py`, a key of its rows, the most that it should be, and what that means."""
 
