@@ -101,11 +101,11 @@ def step(
         launches, irregular = _divide(lists, addresses, keys)
         kept |= dict(stream=stream, launches=launches, irregular=irregular)
     kept["addresses"] = addresses
+    for launch in kept["launches"]:
+        _launch(launch, lists, scalars, rounding)
     for i in kept["irregular"]:
         own = rounding and rounding._replace(tensor_keys=[keys[i]])
         eager.step([params[i]], [grads[i]], [exp_avgs[i]], [exp_avg_sqs[i]], scalars, own, s and [s[i]])
-    for launch in kept["launches"]:
-        _launch(launch, lists, scalars, rounding)
     torch.autograd.graph.increment_version(params)  # as any in-place operation does, for graphs that hold weights
 
 
