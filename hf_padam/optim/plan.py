@@ -100,9 +100,9 @@ class Plan:
         self._order = None if order == list(range(len(state))) else order
         kept = self._kept(states)
         self._options, self._params = _options(optimizer), list(map(id, params))
-        self._state, self._seen = [list(map(id, values)) for values in kept], self._described(kept[0], tensors)
+        self._state, self._seen = [list(map(id, values)) for values in kept[1:]], self._described(kept[0], tensors)
         self._lost = False
-        identified = [*params, *(t for values in kept for t in values if t is not None)]
+        identified = [*params, *(t for values in kept[1:] for t in values if t is not None)]
         self._references = [weakref.ref(t, self._lose) for t in identified]
 
     def _sorted(
@@ -153,15 +153,14 @@ class Plan:
         if self._order is not None:
             states = [states[i] for i in self._order]
         try:
-            kept = self._kept(states)
-            if self._state != [list(map(id, values)) for values in kept] or self._options != _options(optimizer):
+            steps, *moments = self._kept(states)
+            if self._state != [list(map(id, values)) for values in moments] or self._options != _options(optimizer):
                 return None
-            steps, *moments = kept
             if self._wrapped:
                 params, *moments = map(_local, (params, *moments))
             tensors = Tensors(params, active, *moments)
             unchanged = torch.equal(self._steps, self._expected) and self._seen == self._described(steps, tensors)
-        except (KeyError, RuntimeError):  # no moments; a sparse gradient
+        except (KeyError, RuntimeError, TypeError):  # no moments; a sparse gradient; a step number that is no tensor
             return None
         return tensors if unchanged else None
 
