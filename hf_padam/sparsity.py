@@ -101,7 +101,7 @@ def _comparable(tensor: Tensor) -> Tensor:
     return tensor.half() if tensor.element_size() == 1 else tensor
 
 
-def _count_zeros(tensor: Tensor) -> Tensor:
+def zeros_in(tensor: Tensor) -> Tensor:
     """Count the zeros of a local tensor, of either sign."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
     if not tensor.is_floating_point() or integer is None:
@@ -129,7 +129,7 @@ def count_zeros(
     for name, tensor in tensors.items():
         local, sharding = local_shard(tensor)
         comparable = _comparable(local)
-        counts = [_count_zeros(comparable)]
+        counts = [zeros_in(comparable)]
         if near_zero is not None:
             counts.append(torch.count_nonzero(comparable.abs() < near_zero) - counts[0])
         batches[local.device, sharding][name] = counts

@@ -8,6 +8,10 @@ Everything runs in one process; the optimizers take turns, and the median of the
     python recipes/benchmark_step.py --models smollm2-135m --dtypes fp32 --p_norms 0.8 1 --repeats 15
     python recipes/benchmark_step.py --models gpt2 --dtypes fp32 --p_norms 0.8 --trainer_steps 6
 
+The time that a step keeps the host busy before the GPU has anything to do, on tiny CPU tensors; it needs no GPU:
+
+    OMP_NUM_THREADS=1 python recipes/benchmark_step.py --host --repeats 101
+
 What to expect of SmolLM2 on 2 CPU cores (EPYC, AVX-512), in 1.5 minutes, as multiples of AdamW fused (58 ms):
 
     AdamW for-loop 2.6, foreach 3.3; PAdam compiled 1.06 (p = 0.8), 1.05 (p = 1); two-pass 8.7, 6.9; eager 29, 13
@@ -29,6 +33,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from support.host_time import time_host
 from support.step_table import Row, draw, show
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -199,11 +204,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--trainer_steps", type=int, default=0, help="also time the Trainer, over so many steps")
     parser.add_argument("--trainer_batch", type=int, nargs=2, default=[8, 512] if device.type != "cpu" else [1, 128],
                         metavar=("ROWS", "TOKENS"))  # fmt: skip
+    parser.add_argument("--host", action="store_true", help="time the host's side of a step, and nothing else")
     parser.add_argument("--output", help="JSON file for the rows")
     parser.add_argument("--picture", help="file for the picture, .png or .svg")
     options = parser.parse_args(argv)
-    rows: list[Row] = []
-    for model in options.models:
+    rows: list[Row] = time_host(options.repeats) if options.host else []
+    for model in options.models if not options.host else ():
         for dtype in options.dtypes:
             rows += time_steps(model, dtype, options.p_norms, options.repeats, device)
             if options.trainer_steps:
@@ -212,6 +218,8 @@ def main(argv: list[str] | None = None) -> None:
                     rows += time_trainer(model, dtype, options.trainer_steps, batch, length, device, scratch)
             if options.output:  # after every part: a long run that is cut short keeps what it has
                 write_atomically(options.output, json.dumps(rows, indent=1))
+    if options.host and options.output:
+        write_atomically(options.output, json.dumps(rows, indent=1))
     show(rows)
     if options.picture:
         draw(rows, options.picture)

@@ -69,7 +69,8 @@ class PAdam8bit(PAdam):
         """Keep what `PAdam` keeps, and the storage."""
         return {**super().__getstate__(), "_storage": self._storage}
 
-    def _keeps_s(self, group: dict[str, Any]) -> bool:
+    def keeps_s(self, group: dict[str, Any]) -> bool:
+        """Refuse the auxiliary variable."""
         if group["s_rate"] < 1:
             raise ValueError(S_REFUSAL.format(group["s_rate"]))
         return False
@@ -85,21 +86,33 @@ class PAdam8bit(PAdam):
         return moment
 
     def _run(
-        self, backend: ModuleType, tensors: tuple[list[Tensor], ...], scalars: Scalars, rounding: Rounding | None
+        self,
+        backend: ModuleType,
+        tensors: tuple[list[Tensor], ...],
+        scalars: Scalars,
+        rounding: Rounding | None,
+        kept: dict[Any, Any],
     ) -> None:
         full: tuple[list[Any], ...] = ([], [], [], [], [])
         keys = rounding.tensor_keys if rounding else [0] * len(tensors[0])
-        for *own, key in zip(*tensors, keys, strict=True):
+        for i, (*own, key) in enumerate(zip(*tensors, keys, strict=True)):
             if isinstance(own[2], self._storage):
-                self._step_packed(backend, own, scalars, rounding and rounding._replace(tensor_keys=[key]))
+                one = rounding and rounding._replace(tensor_keys=[key])
+                self._step_packed(backend, own, scalars, one, kept.setdefault(i, {}))
             else:
                 for values, value in zip(full, (*own, key), strict=True):
                     values.append(value)
         if full[0]:
-            super()._run(backend, full[:4], scalars, rounding and rounding._replace(tensor_keys=full[4]))
+            rest = rounding and rounding._replace(tensor_keys=full[4])
+            super()._run(backend, full[:4], scalars, rest, kept.setdefault("full", {}))
 
     def _step_packed(
-        self, backend: ModuleType, tensors: list[Any], scalars: Scalars, rounding: Rounding | None
+        self,
+        backend: ModuleType,
+        tensors: list[Any],
+        scalars: Scalars,
+        rounding: Rounding | None,
+        kept: dict[Any, Any],
     ) -> None:
         """Step one tensor whose moments are packed, a slice at a time."""
         weights, grads = (t.reshape(-1) for t in tensors[:2])
@@ -108,7 +121,8 @@ class PAdam8bit(PAdam):
             packed = [self._slice(moment, part) for moment in tensors[2:]]
             moments = [moment.dequantize() for moment in packed]
             own = rounding and rounding._replace(tensor_keys=[random_key(*rounding.tensor_keys, start)])
-            backend.step([weights[part]], [grads[part]], [moments[0]], [moments[1]], scalars, own)
+            lists = [weights[part]], [grads[part]], [moments[0]], [moments[1]]
+            backend.step(*lists, scalars, own, kept=kept.setdefault(start, {"moving": True}))
             for moment, new in zip(packed, moments, strict=True):
                 moment.copy_(new)
         if weights.data_ptr() != tensors[0].data_ptr():  # it was a copy

@@ -7,7 +7,7 @@ quantiles of `target_sparsity`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ class Measured(NamedTuple):
 
     weight: Tensor  # any shape
     second: Tensor | None  # under "fisher" the second moments, same shape or, before the first gradient, a single zero
-    factor: float  # x = |weight| * sqrt(second) * factor
+    factor: float | Tensor  # x = |weight| * sqrt(second) * factor
     sharding: Any  # see `sparsity.local_shard`
     key: int  # random, another for each parameter and shard, the same on replicas
 
@@ -65,13 +65,13 @@ class Measured(NamedTuple):
             yield weight, x
 
 
-def measure(optimizer: Optimizer, groups: Iterable[dict[str, Any]], scale: float = 1.0) -> list[Measured]:
+def measure(optimizer: Optimizer, groups: Iterable[dict[str, Any]], scale: float | Tensor = 1.0) -> list[Measured]:
     """Return what the sizes of the trainable weights of some groups come from.
 
     Args:
         optimizer: `PAdam`, or a relative of Adam that keeps `exp_avg_sq`.
         groups: Of the optimizer.
-        scale: mu.
+        scale: mu; or a tensor with it, which is not read here.
     """
     measured: list[Measured] = []
     for group in groups:
@@ -80,54 +80,77 @@ def measure(optimizer: Optimizer, groups: Iterable[dict[str, Any]], scale: float
                 continue
             weight, sharding = local_shard(param)
             rank = (dist.get_rank(sharding),) if isinstance(sharding, dist.ProcessGroup) else shard_coordinate(param)
-            second, factor = None, 1.0
+            second: Tensor | None = None
+            factor: float | Tensor = 1.0
             if group.get("importance") == "fisher":
                 second = weight.new_zeros(())
                 state = optimizer.state.get(param) or {}
                 if "exp_avg_sq" in state:
                     second = local_tensor(state["exp_avg_sq"])
                     second = second.dequantize() if hasattr(second, "codes") else second
-                    factor = (1 - group["betas"][1] ** float(state["step"])) ** -0.5 / scale
+                    own = scale.to(weight.device) if isinstance(scale, Tensor) else scale
+                    factor = (1 - group["betas"][1] ** float(state["step"])) ** -0.5 / own
             measured.append(Measured(weight, second, factor, sharding, random_key(len(measured), *rank)))
     return measured
 
 
-def fisher_scale(measured: Iterable[Measured], sample: int | None = None) -> float:
+def fisher_scale(measured: Iterable[Measured], sample: int | None = None) -> Tensor:
     """Return mu, with which the mean of x^2 is that of w^2, over all weights that have had gradients, on all shards.
 
     Args:
         measured: From `measure`, with a scale of 1.
         sample: Look at about this many elements of each shard at most.
+
+    Returns:
+        A 0-dim tensor on a device of theirs: for who needs it there, nothing is transferred.
     """
     totals: dict[tuple, Tensor] = {}
     for tensor in measured:
         device = tensor.weight.device
         precise = torch.float32 if device.type == "mps" else torch.float64
-        sums, step = torch.zeros(2, dtype=precise, device=device), tensor.stride(sample)
+        sums, step = tensor.weight.new_zeros(2, dtype=precise), tensor.stride(sample)
         for weight, x in tensor.slices(step):
             known = x.isfinite()
             sums[0] += step * torch.where(known, x.to(precise), 0).square().sum()
             sums[1] += step * torch.where(known, weight.to(precise), 0).square().sum()
         key = device, tensor.sharding
         totals[key] = totals[key] + sums if key in totals else sums
-    pairs = [sum_over_shards(total, key[1]).tolist() for key, total in totals.items()]
-    squared_x, squared_w = (sum(column) for column in zip(*pairs, strict=True))
-    return math.sqrt(squared_x / squared_w) if squared_x > 0 else 1.0
+    squared_x, squared_w = sum_totals(totals).unbind()
+    return torch.where(squared_x > 0, (squared_x / squared_w).sqrt(), 1.0)
 
 
-def update_scale(optimizer: Optimizer) -> None:
+def sum_totals(totals: Mapping[tuple, Tensor]) -> Tensor:
+    """Add up tensors over all shards, devices and kinds of sharding, without a transfer to the host.
+
+    Args:
+        totals: By device and sharding, the latter as `local_shard` returns it; each of the same shape.
+    """
+    sums = [sum_over_shards(total, sharding) for (_, sharding), total in totals.items()]
+    return torch.stack([total.to(sums[0].device) for total in sums]).sum(0)
+
+
+def needs_scale(group: Mapping[str, Any]) -> bool:
+    """Whether a group is of those that `update_scale` is about: under "fisher", and nothing steers it."""
+    return group.get("importance") == "fisher" and group["lambda_p"] > 0 and REFERENCE not in group
+
+
+def update_scale(optimizer: Optimizer, taken: int | None = None) -> None:
     """Compute mu of the groups under "fisher" that nothing steers, if it is time to; to be called before a step.
 
     Since all processes, and a resumed run, have the same weights and moments after the same steps, they have the same
     mu. Between two computations nothing is read from the device.
+
+    Args:
+        optimizer: See `measure`.
+        taken: How many steps these groups have taken; by default the first of their states is asked.
     """
-    pool = [g for g in optimizer.param_groups if g.get("importance") == "fisher" and g["lambda_p"] > 0]
-    pool = [group for group in pool if REFERENCE not in group]
-    states = (optimizer.state.get(param) for group in pool for param in group["params"])
-    taken = next((int(state["step"]) for state in states if state), 0)
+    pool = [group for group in optimizer.param_groups if needs_scale(group)]
+    if taken is None:
+        states = (optimizer.state.get(param) for group in pool for param in group["params"])
+        taken = next((int(state["step"]) for state in states if state), 0)
     if taken < YOUNG_STEPS:
         return
-    if any(SCALE not in group for group in pool) or taken >= _GROWTH * pool[0][SCALE_STEP]:
-        scale = fisher_scale(measure(optimizer, pool))
+    if any(SCALE not in group for group in pool) or (pool and taken >= _GROWTH * pool[0][SCALE_STEP]):
+        scale = float(fisher_scale(measure(optimizer, pool)))
         for group in pool:
             group |= {SCALE: scale, SCALE_STEP: taken}

@@ -5,19 +5,16 @@ This file validates, owns the state and hands tensors to a backend; the arithmet
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..sparsity import local_tensor, shard_coordinate
+from ..sparsity import local_tensor
 from . import backends
 from .exemptions import warn_of_vectors, with_exemptions
 from .hyperparameters import (
@@ -29,12 +26,11 @@ from .hyperparameters import (
     check_not_all_zeros,
     named,
 )
-from .importance import REFERENCE, SCALE, update_scale
+from .importance import REFERENCE, SCALE, needs_scale, update_scale
+from .plan import MOMENTS, Plan, Tensors, check_dense, gradients
 from .update import Rounding, Scalars, initial_s, prepare, random_key
 
 logger = logging.getLogger(__name__)
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _LATER_OPTIONS = ("bf16_stochastic_round", "rounding_seed", *VARIANTS)
 """Options that groups saved by earlier versions lack."""
 
@@ -93,6 +89,8 @@ class PAdam(Optimizer):
         RuntimeError: If the backend cannot run where the tensors are; from ``step``, if a gradient is sparse.
     """
 
+    _plan: Plan | None = None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -137,6 +135,7 @@ class PAdam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a state; groups that were saved before an option existed get its default."""
         super().__setstate__(state)
+        self._plan = None
         for group in self.param_groups:
             for name in _LATER_OPTIONS:
                 group.setdefault(name, self.defaults[name])
@@ -159,7 +158,7 @@ class PAdam(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_hyperparameters(group)
-        self._keeps_s(group)
+        self.keeps_s(group)
         for name, param in named(group):
             if not param.is_floating_point():
                 raise ValueError(
@@ -205,41 +204,54 @@ class PAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        active = []  # `.grad` is read once: on hundreds of small tensors the look-ups add up
-        places = itertools.count()
         for group in self.param_groups:
-            triples = [(next(places), param, param.grad) for param in group["params"]]
-            active.append((group, [(place, param, grad) for place, param, grad in triples if grad is not None]))
-        elements: defaultdict[torch.device, int] = defaultdict(int)
-        for group, triples in active:
             check_hyperparameters(group)
-            for _, param, grad in triples:
-                if grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"PAdam needs dense gradients; one of shape {tuple(param.shape)} is {grad.layout}. "
-                        "Set sparse=False on the embedding, or use torch.optim.SparseAdam for it."
-                    )
-                elements[param.device] += param.numel()
-        update_scale(self)
-        selected = {device: backends.select(self.backend, device, count) for device, count in elements.items()}
-        for group, triples in active:
-            hyperparameters = {name: group[name] for name in HYPERPARAMETERS + VARIANTS} | {"lr": float(group["lr"])}
-            hyperparameters |= {name: group[name] for name in (REFERENCE, SCALE) if name in group}
-            for number, tensors, keys in self._buckets(triples, group):
-                rounding = None
-                if group["bf16_stochastic_round"] and torch.bfloat16 in (tensors[0][0].dtype, tensors[3][0].dtype):
-                    rounding = Rounding(random_key(group["rounding_seed"], number), keys)
-                backend = selected[tensors[0][0].device]
-                self._run(backend, tensors, prepare(number, **hyperparameters), rounding)
+        tensors, plan = self._prepare()
+        update_scale(self, next((b.taken for b in plan.buckets if needs_scale(self.param_groups[b.group])), 0))
+        selected = {device: backends.select(self.backend, device, count) for device, count in plan.elements.items()}
+        finished = 0
+        try:
+            for bucket in plan.buckets:
+                group, number, rounding = self.param_groups[bucket.group], bucket.taken + 1, None
+                options = {name: group[name] for name in HYPERPARAMETERS + VARIANTS} | {"lr": float(group["lr"])}
+                options |= {name: group[name] for name in (REFERENCE, SCALE) if name in group}
+                if bucket.rounds:
+                    rounding = Rounding(random_key(group["rounding_seed"], number), bucket.keys)
+                scalars, lists = prepare(number, **options), bucket.lists(tensors)
+                self._run(selected[bucket.device], lists, scalars, rounding, bucket.kept)
+                finished += 1
+        finally:
+            plan.count(finished)
         return loss
 
+    def _prepare(self) -> tuple[Tensors, Plan]:
+        """Return what the step is about and its plan; make a new one, and state that is missing, if it has changed."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = gradients(params)
+        tensors = None if self._plan is None else self._plan.tensors(self, params, grads)
+        if self._plan is None or tensors is None:
+            check_dense(grads)
+            for param, grad in zip(params, grads, strict=True):
+                if grad is not None and not self.state[param]:
+                    self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+                    self.state[param].update({name: self._new_moment(param, name) for name in MOMENTS})
+            self._plan = Plan(self, grads)
+            tensors = self._plan.tensors(self, params, grads)
+            assert tensors is not None
+        return tensors, self._plan
+
     def _run(
-        self, backend: ModuleType, tensors: tuple[list[Tensor], ...], scalars: Scalars, rounding: Rounding | None
+        self,
+        backend: ModuleType,
+        tensors: tuple[list[Tensor], ...],
+        scalars: Scalars,
+        rounding: Rounding | None,
+        kept: dict[Any, Any],
     ) -> None:
         """Step one bucket; a fifth list of tensors, if there is one, is that of `s`."""
-        backend.step(*tensors[:4], scalars, rounding, *tensors[4:])
+        backend.step(*tensors[:4], scalars, rounding, *tensors[4:], kept=kept)
 
-    def _keeps_s(self, group: dict[str, Any]) -> bool:
+    def keeps_s(self, group: dict[str, Any]) -> bool:
         """Whether a group's parameters have an auxiliary variable of their own."""
         return group["s_rate"] < 1 and group["lambda_p"] > 0
 
@@ -248,49 +260,12 @@ class PAdam(Optimizer):
         dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
-    def _new_s(self, param: Tensor, p_norm: float) -> Tensor:
+    def new_s(self, param: Tensor, p_norm: float) -> Tensor:
         """Create the auxiliary variable of a parameter, sharded as it is."""
         dtype = torch.promote_types(param.dtype, torch.float32)
         s = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         local_tensor(s).copy_(initial_s(local_tensor(param), p_norm))
         return s
-
-    def _buckets(
-        self, triples: list[tuple[int, Tensor, Tensor]], group: dict[str, Any]
-    ) -> list[tuple[int, tuple[list[Tensor], ...], list[int]]]:
-        """Count each parameter's step; sort local tensors into aligned lists of one step number, device and dtypes.
-
-        Returns:
-            For each bucket the number of the step, the four or five lists of tensors, and the tensors' random keys.
-        """
-        follows, seed = self._keeps_s(group), group["rounding_seed"]
-        buckets: defaultdict[tuple, tuple[list, ...]] = defaultdict(lambda: ([], [], [], [], [], []))
-        states = [self.state[param] for _, param, _ in triples]
-        for (_, param, _), state in zip(triples, states, strict=True):
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-                state.update({name: self._new_moment(param, name) for name in MOMENTS})
-            if not follows:
-                state.pop("s", None)
-            elif "s" not in state:
-                state["s"] = self._new_s(param, group["p_norm"])
-        if triples:
-            torch._foreach_add_([state["step"] for state in states], 1)
-        for (place, param, grad), state in zip(triples, states, strict=True):
-            first, second, s = state["exp_avg"], state["exp_avg_sq"], state.get("s")
-            shard = shard_coordinate(param)
-            if isinstance(param, DTensor):
-                if isinstance(grad, DTensor) and grad.placements != param.placements:
-                    # E.g. a replicated weight under sequence parallelism: its gradient is a sum yet to be completed.
-                    grad = grad.redistribute(placements=param.placements)
-                param, grad, first, second = (local_tensor(t) for t in (param, grad, first, second))
-                s = s if s is None else local_tensor(s)
-            dtypes = (param.dtype, grad.dtype, first.dtype, second.dtype, s if s is None else s.dtype)
-            key = (state["step"].item(), param.device, dtypes)
-            random = random_key(seed, place, *shard)
-            for values, value in zip(buckets[key], (random, param, grad, first, second, s)):  # noqa: B905 (six each)
-                values.append(value)
-        return [(int(key[0]), bucket[1 : 6 if follows else 5], bucket[0]) for key, bucket in buckets.items()]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load groups and state, in the dtype they were saved in; torch would cast state to the parameter's dtype.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..sparsity import sum_over_shards
-from .importance import Measured
+from ..sparsity import zeros_in
+from .importance import Measured, sum_totals
 from .update import random_bits
 
 _SHIFT = 15
@@ -20,24 +21,35 @@ _INFINITE = 0x7F800000 >> _SHIFT
 """The bin of infinity, that is of weights that have had no gradient."""
 
 
-def histogram(tensors: Sequence[Measured], sample: int | None = None) -> tuple[Tensor, float]:
-    """Count sizes by their leading bits, over all shards.
+class Histogram(NamedTuple):
+    """How many weights there are of which size, over all shards."""
+
+    counts: Tensor  # of finite sizes, by their leading bits; fp64, shape (bins,), on the host
+    infinite: float  # sizes
+    zeros: int  # weights that are exactly zero: all of them, however few were looked at
+    extra: float  # see `histogram`
+
+
+def histogram(tensors: Sequence[Measured], sample: int | None = None, extra: Tensor | None = None) -> Histogram:
+    """Count sizes by their leading bits, and zeros, over all shards; with one transfer from the device.
 
     Args:
         tensors: From `importance.measure`.
         sample: Look at this many elements of each shard at most, evenly spaced, and scale the counts up.
-
-    Returns:
-        The counts of finite sizes, fp64 of shape (bins,), and how many sizes are infinite.
+        extra: A number on the device that is wanted, too.
     """
 
     def count(tensor: Measured) -> Tensor:
         elements, step = tensor.weight.numel(), tensor.stride(sample)
         counts = torch.stack([_bincount(_bits(x) >> _SHIFT) for _, x in tensor.slices(step)]).sum(0)
-        return counts * (elements / math.ceil(elements / step))
+        zeros = zeros_in(tensor.weight).to(counts.dtype)
+        return torch.cat([counts * (elements / math.ceil(elements / step)), zeros[None]])
 
-    counts = _total(tensors, count)
-    return counts[:_INFINITE], float(counts[_INFINITE:].sum())
+    total = _total(tensors, count, _BINS + 1)
+    number = torch.ones_like(total[:1]) if extra is None else extra.to(total)[None]
+    counts, zeros, extra_number = torch.cat([total, number]).cpu().double().split([_BINS, 1, 1])
+    infinite = float(counts[_INFINITE:].sum())
+    return Histogram(counts[:_INFINITE], infinite, int(zeros), float(extra_number))
 
 
 def quantile(histogram: Tensor, share: float) -> float:
@@ -74,7 +86,7 @@ def zero_smallest_(tensors: Sequence[Measured], number: int, infinite: bool = Fa
                 counts.append(_bincount(_DIGITS[level](key)[candidate]))
             return torch.stack(counts).sum(0)
 
-        below = _total(tensors, count).cumsum(0)
+        below = _total(tensors, count).cpu().double().cumsum(0)
         digit = int(torch.searchsorted(below, float(left)))
         prefix.append(min(digit, len(below) - 1))
         left -= int(below[digit - 1]) if digit else 0
@@ -118,17 +130,22 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _bincount(values: Tensor) -> Tensor:
-    return torch.bincount(values, minlength=_BINS).to(torch.float32 if values.device.type == "mps" else torch.float64)
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64
+    if values.device.type == "cpu":
+        return torch.bincount(values, minlength=_BINS).to(dtype)
+    # On a GPU, bincount reads the largest value, and the host waits for it.
+    counts = torch.zeros(_BINS, dtype=torch.int32, device=values.device)
+    return counts.scatter_add_(0, values.long(), torch.ones_like(values)).to(dtype)
 
 
-def _total(tensors: Sequence[Measured], count: Callable[[Measured], Tensor]) -> Tensor:
-    """Add up what is counted in each tensor, over all shards: a few reductions and transfers for any number."""
+def _total(tensors: Sequence[Measured], count: Callable[[Measured], Tensor], length: int = _BINS) -> Tensor:
+    """Add up what is counted in each tensor, over all shards: a few reductions for any number, and no transfer."""
     totals: dict[tuple, Tensor] = {}
     for tensor in tensors:
         if not tensor.weight.numel():
-            counts = _bincount(tensor.weight.new_zeros(0, dtype=torch.int32))
+            counts = _bincount(tensor.weight.new_zeros(0, dtype=torch.int32)).new_zeros(length)
         else:
             counts = count(tensor)
         key = tensor.weight.device, tensor.sharding
         totals[key] = totals[key] + counts if key in totals else counts
-    return torch.stack([sum_over_shards(total, key[1]).cpu().double() for key, total in totals.items()]).sum(0)
+    return sum_totals(totals)

@@ -126,7 +126,7 @@ class TargetSparsity:
         self.at_once = start == end
         self.first = min(math.floor(start * total_steps), total_steps - 1)
         self.last = max(self.first + 1, round(end * total_steps))  # the ramp arrives after this many steps
-        self.interval = max(1, (self.last - self.first) // _UPDATES)
+        self.interval = math.ceil((self.last - self.first) / _UPDATES)
         self.optimizer = unwrap(optimizer)
         if not isinstance(self.optimizer, PAdam):
             raise ValueError(
@@ -302,7 +302,7 @@ class TargetSparsity:
             alive = self._left(min(step + self.interval, self.last)) / self._left(step)
             zero_in_blocks_(measure(self.optimizer, pool), pool, 1 - alive)
             return
-        (zeros, _), target = _zeros(pool), self._target(pool[0])
+        target = self._target(pool[0])
         horizon = max(self.interval, min(math.ceil(_HORIZON * (self.last - self.first)), self.last - step))
         if all(group["p_norm"] == -math.inf for group in pool):  # who is to die does so at once
             horizon = self.interval
@@ -310,11 +310,11 @@ class TargetSparsity:
         sample = max(
             _POOL_SAMPLE // len(_params(pool)), _SAMPLE // sum(len(_params(other)) for other in self._pools())
         )
-        measured, scale = measure(self.optimizer, pool), 1.0
+        measured, mu = measure(self.optimizer, pool), None
         if any(group["importance"] == "fisher" for group in pool):
-            scale = fisher_scale(measured, sample)
-            measured = measure(self.optimizer, pool, scale)
-        counts, _ = histogram(measured, sample)
+            mu = fisher_scale(measured, sample)
+            measured = measure(self.optimizer, pool, mu)
+        counts, _, zeros, scale = histogram(measured, sample, mu)
         if zeros >= ahead * float(counts.sum()):
             for group in pool:
                 group["target_reference"] = 0.0
@@ -335,7 +335,7 @@ class TargetSparsity:
         if self._blocks(pool[0]):
             _, threshold = zero_in_blocks_(measured, pool, 1.0)
         else:
-            _, unknown = histogram(measured)  # weights without a gradient so far, of which the same share is to go
+            unknown = histogram(measured).infinite  # weights without a gradient so far, of which the same share is to go
             missing = max(0, math.ceil(target * elements) - before)
             at_random = min(missing, round(target * unknown))
             threshold = zero_smallest_(measured, min(missing - at_random, elements - before - int(unknown)))

@@ -38,7 +38,7 @@ def test_the_mean_square_size_is_that_of_the_weights():
     weight, optimizer = trained(30)
     (group,) = optimizer.param_groups
     (state,) = optimizer.state.values()
-    mu = fisher_scale(measure(optimizer, [group]))
+    mu = float(fisher_scale(measure(optimizer, [group])))
     x = weight.double().abs() * (state["exp_avg_sq"].double() / (1 - 0.999**30)).sqrt() / mu
     torch.testing.assert_close(x.square().mean(), weight.double().square().mean(), rtol=1e-5, atol=0)
     assert group["importance_scale"] == pytest.approx(mu, rel=0.2) and group["importance_step"] in range(20, 30)

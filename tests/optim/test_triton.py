@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
+from hf_padam import PAdam
 from hf_padam.optim.backends import checks, triton
 
 pytest.importorskip("triton", reason="runs where Triton is installed")
@@ -26,8 +27,9 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside the test b
     [
         ["tests/optim/test_update.py", "tests/optim/test_stochastic_rounding.py", "-k", "triton"],
         ["tests/optim/test_triton.py"],
+        ["tests/optim/test_plan.py", "-k", "triton"],
     ],
-    ids=["parity", "launch"],
+    ids=["parity", "launch", "plan"],
 )
 def test_under_the_interpreter(what):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=-m 'not slow'", *what]
@@ -110,6 +112,19 @@ def test_every_dtype_gets_the_eager_result(dtype, p_norm, variant):
         torch.testing.assert_close(a, b, rtol=max(3e-6, 1.01 * unit), atol=1e-8)
 
 
+@pytest.fixture
+def built(monkeypatch):
+    """The lengths of the tensors of every table that is built."""
+    lengths, build = [], triton._Table.__init__
+
+    def recorded(self, device, *args):
+        lengths.append(list(args[0]))
+        build(self, device, *args)
+
+    monkeypatch.setattr(triton._Table, "__init__", recorded)
+    return lengths
+
+
 FORMS = [
     {"p_norm": p_norm, **importance, **where}
     for p_norm in (-math.inf, -8.0, -2.5, -1.0, 0.0, 0.5, 0.8, 1.5, 2.0, 3.0)
@@ -184,15 +199,65 @@ def test_a_kernel_that_cannot_be_built_leaves_every_tensor_to_eager(error, monke
 
 
 @interpreted
-def test_tables_are_built_once_per_set_of_tensors():
-    triton._table.cache_clear()
-    both(LAYOUTS["odd"], [torch.float32] * 4, 0.8, steps=3)
-    assert triton._table.cache_info().misses == 1
+@pytest.mark.parametrize("groups", [1, 300])
+def test_tables_are_built_once_per_set_of_tensors(built, groups):
+    params = [torch.nn.Parameter(torch.randn(16)) for _ in range(300)]
+    share = len(params) // groups
+    optimizer = PAdam([{"params": params[i * share : (i + 1) * share]} for i in range(groups)], backend="triton")
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn(16)  # elsewhere each time, as after zero_grad
+        optimizer.step()
+    assert len(built) == groups
+
+
+@interpreted
+def test_tables_of_packed_moments_are_built_once(built, monkeypatch):
+    pytest.importorskip("torchao")
+    from hf_padam import PAdam8bit
+
+    monkeypatch.setattr("hf_padam.optim.eight_bit._SLICE", 4096)
+    param = torch.nn.Parameter(torch.randn(4096, 20))
+    optimizer = PAdam8bit([param], backend="triton")
+    for _ in range(3):
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+    assert len(built) == 20
+
+
+@interpreted
+def test_one_misaligned_tensor_leaves_the_wide_loads_to_the_others(built):
+    generator = torch.Generator().manual_seed(0)
+    buffer = torch.zeros(65)
+    params = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (64, 32, 7, 16)]
+    twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    ours, theirs = PAdam(params, backend="triton"), PAdam(twins, backend="eager")
+    for step in range(4):
+        for param, twin in zip(params, twins, strict=True):
+            param.grad = torch.randn(param.shape, generator=generator)
+            twin.grad = param.grad.clone()
+        if step == 2:  # a gradient that loses its alignment, as in a bucket of DDP
+            params[0].grad = buffer[1:].copy_(params[0].grad)
+        ours.step()
+        theirs.step()
+    assert built == [[64, 32, 16], [7], [32, 16], [64, 7]]
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(param, twin, rtol=3e-6, atol=1e-8)
+
+
+@interpreted
+def test_a_step_on_another_stream_builds_its_own_tables(built, monkeypatch):
+    param = torch.nn.Parameter(torch.randn(16))
+    optimizer = PAdam([param], backend="triton")
+    for stream in ("first", "first", "second", "second"):
+        monkeypatch.setattr(triton, "_stream", lambda device, stream=stream: stream)
+        param.grad = torch.randn(16)
+        optimizer.step()
+    assert len(built) == 2
 
 
 def test_a_table_covers_every_element_once_beyond_2_to_the_31(monkeypatch):
     monkeypatch.setattr(triton, "_BLOCK", 2**20)
-    table = triton._Table(torch.device("cpu"), *[(16, 32, 48)] * 3, (5, 2**33 + 1, 2**20), (0, 0, 0))
+    table = triton._Table(torch.device("cpu"), (5, 2**33 + 1, 2**20), (0, 0, 0))
     assert table.block_tensors.bincount().tolist() == [1, 2**13 + 1, 1]
     assert table.block_starts[table.block_tensors == 1].tolist() == [i * 2**20 for i in range(2**13 + 1)]
-    assert not table.aligned

@@ -1,9 +1,11 @@
 """The benchmark recipe on a tiny model: every row is there, complete, and written as the README says."""
 
+import importlib.util
 import json
 
 import benchmark_step
 import pytest
+from support import host_time
 
 from hf_padam.optim.backends import BACKENDS
 
@@ -42,3 +44,21 @@ def test_all_contenders_are_timed(rows):
 def test_the_two_pass_method_holds_a_copy_of_the_parameters(rows):
     extra = {row["optimizer"]: row["peak_extra_bytes"] for row in rows}
     assert extra["two-pass"] > 100_000
+
+
+def test_the_hosts_side_is_timed_without_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_time, "COUNTS", {"few": 3})
+    benchmark_step.main(["--host", "--repeats", "2", "--output", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert all(KEYS <= row.keys() for row in rows)
+    timed = {(row["model"], row["optimizer"]) for row in rows}
+    assert {("few", "AdamW fused"), ("1 M in 100 tensors", "AdamW fused")} <= timed
+    assert (("few", "PAdam triton, no launch") in timed) == bool(importlib.util.find_spec("triton"))
+
+
+def test_the_hosts_side_of_a_step_is_short():
+    """Half of fused AdamW's whole step is what is aimed at; the bound leaves room for a noisy machine."""
+    pytest.importorskip("triton")
+    rows = host_time.time_host(repeats=41)
+    ratios = {row["model"]: row["ratio_to_fused_adamw"] for row in rows if "no launch" in row["optimizer"]}
+    assert ratios["272 tiny tensors"] < 0.75 and ratios["1,000 tiny tensors"] < 0.6

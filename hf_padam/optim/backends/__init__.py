@@ -1,9 +1,12 @@
 """The ways of running `update.py`, one file each, all behind one signature.
 
-    step(params, grads, exp_avgs, exp_avg_sqs, scalars, rounding=None, s=None) -> None
+    step(params, grads, exp_avgs, exp_avg_sqs, scalars, rounding=None, s=None, kept=None) -> None
         Lists of plain tensors, aligned, of one device and one dtype per list; updated in place, gradients only read.
         `scalars` is an `update.Scalars`, the same for all of them; `rounding`, an `update.Rounding`, asks for
         stochastic rounding of what is bf16; `s`, one more list of tensors, goes with `scalars.s_rate` below 1.
+        `kept`, a dict, is for what a backend wants to keep between steps. The caller hands it over, empty at first,
+        with tensors of the same number, dtypes, sizes and layouts, at the same addresses but for those of gradients;
+        or, where it has `kept["moving"]` set, at any.
         A kernel that cannot be built is a `checks.KernelError`, raised before any tensor is touched.
     unavailable(device) -> str | None
         Why the backend cannot run there, or None if it can: found out by trying, once per process. An error that it

@@ -56,6 +56,7 @@ def step(
     scalars: Scalars,
     rounding: Rounding | None = None,
     s: list[Tensor] | None = None,
+    kept: dict[Any, Any] | None = None,
 ) -> None:
     """Take one step on every tensor, in place.
 
@@ -79,6 +80,7 @@ def step(
     # On the CPU, whatever torch.set_default_device says.
     values = torch.tensor([*scalars.numbers, *rate, *parts], dtype=arithmetic, device="cpu")
     numbers = [values]
+    tails = []
     for i, tensors in enumerate(zip(*lists, strict=True)):
         if rounding is not None:
             keys = [rounding.tensor_keys[i], rounding.step_key, 0]
@@ -86,10 +88,28 @@ def step(
         if tensors[0].numel() % _ROW == 0 and all([t.is_contiguous() for t in tensors]):
             if tensors[0].numel():
                 kernel([*[t.view(-1, _ROW) for t in tensors], *numbers])
+        elif rounding is None and all([t.is_contiguous() for t in tensors]):
+            rows, behind = divmod(tensors[0].numel(), _ROW)
+            if rows:
+                kernel([*[t.as_strided((rows, _ROW), (_ROW, 1)) for t in tensors], *numbers])
+            tails.append([t.view(-1)[-behind:] for t in tensors])
         else:
             _step_irregular(kernel, tensors, numbers)
+    if tails:
+        _step_tails(kernel, list(map(list, zip(*tails, strict=True))), numbers)
     written = [*params, *exp_avgs, *exp_avg_sqs, *(s or ())]
     torch.autograd.graph.increment_version(written)  # as any in-place operation does
+
+
+def _step_tails(kernel: Callable[..., object], lists: list[list[Tensor]], numbers: list[Tensor]) -> None:
+    """Step what tensors have behind their last whole row, all of it at once, through copies."""
+    sizes = [t.numel() for t in lists[0]]
+    missing = -sum(sizes) % _ROW
+    flat = [torch.nn.functional.pad(torch.cat(tensors), (0, missing)) for tensors in lists]
+    kernel([*[t.view(-1, _ROW) for t in flat], *numbers])
+    for i, (tensors, stepped) in enumerate(zip(lists, flat, strict=True)):
+        if i != 1:
+            torch._foreach_copy_(tensors, list(stepped.split([*sizes, missing])[: len(sizes)]))
 
 
 def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], numbers: list[Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ def step(
     scalars: Scalars,
     rounding: Rounding | None = None,
     s: list[Tensor] | None = None,
+    kept: dict[Any, Any] | None = None,
 ) -> None:
     """Take one step on every tensor, in place."""
     for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):

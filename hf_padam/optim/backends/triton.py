@@ -1,7 +1,10 @@
 """One kernel launch for all tensors of a bucket: the tables that make it possible, and the launch.
 
-The tables (addresses, lengths, and which block of work belongs where) are built when a set of tensors is first seen
-and kept; later steps upload the gradients' addresses again, and only if one has moved. fp64 tensors, and tensors that
+The tables (addresses, lengths, and which block of work belongs where) are built when a set of tensors is first seen,
+and the caller keeps them as long as the set; later steps upload the addresses that have moved. Tables belong to the
+stream that they were uploaded on, and a step on another stream builds its own: so neither a new address nor, once they
+are dropped, what their memory is given to next can overtake a kernel that reads them. Tensors that are not aligned to
+16 bytes have a launch of their own, for they would cost all others their wide loads. fp64 tensors, and tensors that
 are not dense or not laid out like their gradient, are left to `eager`: they are rare and gain nothing here.
 
 GradScaler: its ``grad_scale`` and ``found_inf`` are not advertised, so it unscales the gradients and skips the step of
@@ -14,8 +17,10 @@ import contextlib
 import functools
 import importlib.util
 import subprocess
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from operator import or_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +32,7 @@ from .fast_power import exponent_parts
 
 _BLOCK = 2048  # elements; with 8 warps, 8 elements a thread
 _DTYPES = ("PARAM", "GRAD", "MOMENT1", "MOMENT2")
-_TABLES_KEPT = 256  # sets of tensors: parameter groups times dtypes
+_ALIGNMENT = 16  # bytes of the addresses, and elements of the lengths
 
 
 @functools.cache
@@ -64,6 +69,7 @@ def step(
     scalars: Scalars,
     rounding: Rounding | None = None,
     s: list[Tensor] | None = None,
+    kept: dict[Any, Any] | None = None,
 ) -> None:
     """Take one step on every tensor, in place.
 
@@ -74,20 +80,58 @@ def step(
     if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("PAdam's step cannot be captured in a CUDA graph: capture forward and backward only")
     lists = (params, grads, exp_avgs, exp_avg_sqs, *([s] if s else []))
-    regular: tuple[list[Tensor], ...] = tuple([] for _ in lists)
-    keys, irregular = [], []
+    kept = {} if kept is None else kept
+    keys = rounding.tensor_keys if rounding else [0] * len(params)
+    stream = _stream(params[0].device)
+    before = kept["addresses"] if kept.get("stream") == stream else None
+    if before is None or kept.get("moving"):
+        addresses = [[t.data_ptr() for t in tensors] for tensors in lists]
+    else:
+        addresses = [before[0], list(map(Tensor.data_ptr, grads)), *before[2:]]
+    if before is None or (addresses != before and not all([launch.move(addresses) for launch in kept["launches"]])):
+        launches, irregular = _divide(lists, addresses, keys)
+        kept |= dict(stream=stream, launches=launches, irregular=irregular)
+    kept["addresses"] = addresses
+    for number, launch in enumerate(kept["launches"]):
+        try:
+            _launch(launch, lists, scalars, rounding)
+        except KernelError as error:
+            if number == 0:
+                raise
+            raise RuntimeError(
+                f"{error}, when other tensors had taken the step: start again from a checkpoint"
+            ) from error
+    for i in kept["irregular"]:  # last: a launch may fail, and touch nothing
+        own = rounding and rounding._replace(tensor_keys=[keys[i]])
+        eager.step([params[i]], [grads[i]], [exp_avgs[i]], [exp_avg_sqs[i]], scalars, own, s and [s[i]])
+    torch.autograd.graph.increment_version(params)  # as any in-place operation does, for graphs that hold weights
+
+
+def _stream(device: torch.device) -> Any:
+    return device if device.type == "cpu" else torch.get_device_module(device).current_stream(device)
+
+
+def _divide(
+    lists: tuple[list[Tensor], ...], addresses: list[list[int]], keys: list[int]
+) -> tuple[list[_Launch], list[int]]:
+    """Sort tensors into up to two launches, aligned and not, and those that are not for this kernel."""
+    irregular = []
+    sides: tuple[list[int], list[int]] = ([], [])
     for i, tensors in enumerate(zip(*lists, strict=True)):
         if not _one_dense_layout(tensors) or torch.float64 in (tensors[0].dtype, tensors[-1].dtype):
-            irregular.append((tensors, rounding and rounding._replace(tensor_keys=[rounding.tensor_keys[i]])))
+            irregular.append(i)
         elif tensors[0].numel():
-            keys.append(rounding.tensor_keys[i] if rounding else 0)
-            for values, tensor in zip(regular, tensors, strict=True):
-                values.append(tensor)
-    if regular[0]:
-        _launch(regular, scalars, tuple(keys), rounding)
-        torch.autograd.graph.increment_version([t for tensors in (regular[0], *regular[2:]) for t in tensors])
-    for (param, grad, exp_avg, exp_avg_sq, *own_s), own in irregular:  # last: a launch may fail, and touch nothing
-        eager.step([param], [grad], [exp_avg], [exp_avg_sq], scalars, own, own_s and [own_s[0]])
+            odd = functools.reduce(or_, [row[i] for row in addresses], tensors[0].numel()) % _ALIGNMENT
+            sides[bool(odd)].append(i)
+    launches = []
+    for aligned, side in zip((True, False), sides, strict=True):
+        if side:
+            lengths = [lists[0][i].numel() for i in side]
+            table = _Table(lists[0][0].device, lengths, [keys[i] for i in side])
+            launch = _Launch(side if len(side) < len(lists[0]) else None, aligned, table)
+            launch.move(addresses)
+            launches.append(launch)
+    return launches, irregular
 
 
 @contextlib.contextmanager
@@ -111,18 +155,30 @@ def _one_dense_layout(tensors: tuple[Tensor, ...]) -> bool:
     return dense and all(t.stride() == tensors[0].stride() for t in tensors)
 
 
-def _launch(
-    lists: tuple[list[Tensor], ...], scalars: Scalars, keys: tuple[int, ...], rounding: Rounding | None
-) -> None:
+class _Launch(NamedTuple):
+    """Tensors of a bucket that go into one launch."""
+
+    places: list[int] | None  # in the lists; None if these are all of them
+    aligned: bool
+    table: _Table
+
+    def move(self, addresses: list[list[int]]) -> bool:
+        """Tell the table where all tensors are now; return False if one has lost its alignment."""
+        if self.places is not None:
+            addresses = [[row[i] for i in self.places] for row in addresses]
+        moved = [row for row, old in zip_longest(addresses, self.table.rows) if row != old]
+        if self.aligned and any(functools.reduce(or_, row) % _ALIGNMENT for row in moved):
+            return False
+        self.table.point_to(addresses)
+        return True
+
+
+def _launch(launch: _Launch, lists: tuple[list[Tensor], ...], scalars: Scalars, rounding: Rounding | None) -> None:
     from .triton_kernel import FORM_NUMBER, step_kernel
 
-    params = lists[0]
-    addresses = [tuple([t.data_ptr() for t in tensors]) for tensors in lists]
-    lengths = tuple([t.numel() for t in params])
-    table = _table(params[0].device, addresses[0], addresses[2], addresses[3], lengths, keys, *addresses[4:])
-    table.point_to_gradients(addresses[1])
+    table = launch.table
     dtypes = {name: _triton_dtype(tensors[0].dtype) for name, tensors in zip(_DTYPES, lists, strict=False)}
-    device = params[0].device
+    device = lists[0][0].device
     # Triton launches on the current device, which need not be the tensors'.
     with (
         _building(),
@@ -135,7 +191,7 @@ def _launch(
             table.block_starts,
             table.keys,
             rounding.step_key if rounding else 0,
-            len(params),
+            len(table.rows[0]),
             *scalars.numbers,
             *exponent_parts(scalars.exponent),
             scalars.s_rate if len(lists) == 5 else None,
@@ -145,7 +201,7 @@ def _launch(
             **dtypes,
             ROUND=rounding is not None,
             BLOCK=_BLOCK,
-            **_options(table.aligned and all(address % 16 == 0 for address in addresses[1])),
+            **_options(launch.aligned),
         )
 
 
@@ -159,49 +215,39 @@ def _options(aligned: bool) -> dict[str, Any]:
     return {"ALIGNED": aligned, "num_warps": 8 if aligned else 16, "enable_fp_fusion": False}
 
 
+@functools.cache
 def _triton_dtype(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
-@functools.lru_cache(maxsize=_TABLES_KEPT)
-def _table(device: torch.device, *key: tuple[int, ...]) -> _Table:
-    return _Table(device, *key)
-
-
 class _Table:
-    """Where the tensors of one bucket are, and how their elements are divided into blocks, on the device."""
+    """How the elements of some tensors are divided into blocks, and where the tensors are, on the device."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        params: tuple[int, ...],
-        exp_avgs: tuple[int, ...],
-        exp_avg_sqs: tuple[int, ...],
-        lengths: tuple[int, ...],
-        keys: tuple[int, ...],
-        *s: tuple[int, ...],
-    ) -> None:
-        """Build the tables from addresses, numbers of elements and random keys; the gradients' addresses follow."""
-        self.gradients: tuple[int, ...] = (0,) * len(params)
-        self.pointers = _upload([params, self.gradients, exp_avgs, exp_avg_sqs, *s], device)
-        self.lengths = _upload(lengths, device)
-        self.keys = _upload(keys, device).to(torch.int32)
-        counts = (torch.tensor(lengths) + _BLOCK - 1) // _BLOCK
+    def __init__(self, device: torch.device, lengths: Sequence[int], keys: Sequence[int]) -> None:
+        """Build the tables from numbers of elements and random keys; `point_to` follows."""
+        self.device = device
+        self.rows: list[list[int]] = []
+        self.lengths, self.keys = _upload(lengths, device), _upload(keys, device, torch.int32)
+        counts = (torch.tensor(lengths, device="cpu") + _BLOCK - 1) // _BLOCK
         tensors = torch.repeat_interleave(counts)
         first_blocks = counts.cumsum(0) - counts
-        starts = (torch.arange(len(tensors)) - first_blocks[tensors]) * _BLOCK
-        self.block_tensors, self.block_starts = tensors.to(torch.int32).to(device), starts.to(device)
-        aligned_addresses = all(address % 16 == 0 for row in (params, exp_avgs, exp_avg_sqs, *s) for address in row)
-        self.aligned = aligned_addresses and all(length % 16 == 0 for length in lengths)
+        starts = (torch.arange(len(tensors), device="cpu") - first_blocks[tensors]) * _BLOCK
+        self.block_tensors, self.block_starts = _upload(tensors, device, torch.int32), _upload(starts, device)
 
-    def point_to_gradients(self, addresses: tuple[int, ...]) -> None:
-        """Upload the gradients' addresses, if any has moved since the last step."""
-        if addresses != self.gradients:
-            self.pointers[1].copy_(_upload(addresses, torch.device("cpu")), non_blocking=True)
-            self.gradients = addresses
+    def point_to(self, rows: list[list[int]]) -> None:
+        """Upload the addresses of parameters, gradients, moments and `s`, as far as they have moved."""
+        if not self.rows:
+            self.pointers = _upload(rows, self.device)
+        else:
+            for pointers, row, old in zip(self.pointers, rows, self.rows, strict=True):
+                if row != old:
+                    pointers.copy_(_upload(row, self.device), non_blocking=True)
+        self.rows = rows
 
 
-def _upload(values: Any, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(device)
+def _upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Copy numbers to the device, from pinned memory, so that the host need not wait for what the device is at."""
+    host = torch.as_tensor(values, dtype=dtype, device="cpu")
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

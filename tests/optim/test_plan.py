@@ -1,0 +1,356 @@
+"""The kept plan of a step: whatever changes between two steps is noticed, and nothing of it is held on to."""
+
+import copy
+import io
+import weakref
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from hf_padam import PAdam, TargetSparsity
+from hf_padam.optim.backends import BACKENDS, eager
+
+CPU = torch.device("cpu")
+backends = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(bool(why), reason=f"needs what is missing here: {why}"))
+        for name, why in ((name, backend.unavailable(CPU)) for name, backend in BACKENDS.items())
+    ],
+)
+
+
+def build(backend, dtype=torch.float32, **options):
+    """Two groups of parameters of several layouts, and more that are in none."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 8), (5, 3), (64,), (16, 16), (7,), (4, 4)]
+    params = [nn.Parameter((torch.randn(shape, generator=generator) / 10).to(dtype)) for shape in shapes]
+    groups = [{"params": params[:3]}, {"params": params[3:5], "lambda_p": 0.1, "p_norm": 0.5}]
+    return params, PAdam(groups, **dict(lr=1e-2, p_norm=0.8, lambda_p=0.05, backend=backend) | options)
+
+
+def set_gradients(params, step):
+    generator = torch.Generator().manual_seed(step)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+
+
+def at(optimizer, param, **values):
+    optimizer.state[param].update(values)
+
+
+def swapped(params, optimizer, keep_state):
+    """Another parameter in the place of one, as accelerate does for FSDP2."""
+    new = nn.Parameter(params[0].detach().clone())
+    if keep_state:
+        optimizer.state[new] = optimizer.state.pop(params[0])
+    new.grad, params[0] = params[0].grad, new
+    optimizer.param_groups[0]["params"][0] = new
+
+
+def reset_moments(params, optimizer):
+    """Drops old moments before new ones take, most likely, their place in memory."""
+    shape = params[0].shape
+    del optimizer.state[params[0]]["exp_avg"]
+    optimizer.state[params[0]] = {
+        "step": torch.tensor(2.0),
+        "exp_avg": torch.zeros(shape, dtype=torch.bfloat16),
+        "exp_avg_sq": torch.ones(shape, dtype=torch.bfloat16),
+    }
+
+
+def new_data(params, optimizer):
+    params[0].data = params[0].data.clone()
+
+
+def smaller(params, optimizer):
+    """Rows that are pruned away, at the same address."""
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[params[3]][name].data = optimizer.state[params[3]][name].data[:8]
+    params[3].grad = None
+    params[3].data = params[3].data[:8]
+    params[3].grad = torch.ones_like(params[3])
+
+
+def other_dtype(params, optimizer):
+    """As `model.bfloat16()`, which keeps the parameters and the state."""
+    for param in params:
+        param.data = param.data.bfloat16()
+        param.grad = param.grad.bfloat16()
+
+
+def mixed_gradient(params, optimizer):
+    if hasattr(params[0], "grad_dtype"):  # torch has it since 2.10
+        params[0].grad_dtype = None
+        params[0].grad = params[0].grad.bfloat16()
+
+
+def frozen(params, optimizer):
+    params[1].requires_grad_(False)
+    params[1].grad = None
+
+
+def no_gradient(params, optimizer):
+    params[3].grad = None
+
+
+def transposed_gradient(params, optimizer):
+    params[0].grad = params[0].grad.t().contiguous().t()
+
+
+def in_state(**change):
+    """Edits the first parameter's state: a value, or what becomes of the old one."""
+
+    def edit(params, optimizer):
+        state = optimizer.state[params[0]]
+        at(optimizer, params[0], **{name: f(state[name]) if callable(f) else f for name, f in change.items()})
+
+    return edit
+
+
+def in_group(number=0, **values):
+    return lambda params, optimizer: optimizer.param_groups[number].update(values)
+
+
+def regrouped(params, optimizer):
+    first, second = optimizer.param_groups
+    second["params"].insert(0, first["params"].pop())
+
+
+def loaded(params, optimizer):
+    state = copy.deepcopy(optimizer.state_dict())
+    for own in state["state"].values():
+        own["step"] += 5
+    optimizer.load_state_dict(state)
+
+
+CHANGES = {
+    "nothing": lambda params, optimizer: None,
+    "a group is added": lambda params, optimizer: optimizer.add_param_group({"params": [params[5]], "lambda_p": 0.2}),
+    "a state is loaded": loaded,
+    "a parameter is swapped": lambda p, o: swapped(p, o, keep_state=False),
+    "a parameter is swapped and keeps its state": lambda p, o: swapped(p, o, keep_state=True),
+    "a parameter goes to another group": regrouped,
+    "groups change places": lambda params, optimizer: optimizer.param_groups.reverse(),
+    "new data": new_data,
+    "smaller data": smaller,
+    "another dtype": other_dtype,
+    "a gradient of another dtype": mixed_gradient,
+    "a frozen parameter": frozen,
+    "no gradient": no_gradient,
+    "a transposed gradient": transposed_gradient,
+    "the state is cleared": lambda params, optimizer: optimizer.state.clear(),
+    "one state is deleted": lambda params, optimizer: optimizer.state.pop(params[1]),
+    "one state is emptied": lambda params, optimizer: optimizer.state[params[1]].clear(),
+    "a moment is replaced": in_state(exp_avg=lambda old: old * 2),
+    "a moment is zeroed": in_state(exp_avg=lambda old: old.zero_()),
+    "a moment is transposed": in_state(exp_avg=lambda old: old.t()),
+    "a moment gets new data": in_state(exp_avg=lambda old: old.set_(old.clone())),
+    "a moment of another dtype": in_state(exp_avg_sq=lambda old: old.bfloat16()),
+    "moments are dropped and made anew": reset_moments,
+    "a step number is replaced": in_state(step=torch.tensor(9.0)),
+    "a step number is set": in_state(step=lambda old: old.fill_(9)),
+    "a step number's data is set": in_state(step=lambda old: old.data.fill_(9) and old),
+    "a step number gets other data": in_state(step=lambda old: setattr(old, "data", torch.tensor(9.0)) or old),
+    "a step number is an int": in_state(step=9),
+    "a step number is 64 bits wide": in_state(step=torch.tensor(9, dtype=torch.int64)),
+    "the learning rate": in_group(lr=1e-3),
+    "p": in_group(1, p_norm=1.0),
+    "s begins": in_group(s_rate=0.3),
+    "late decay": in_group(late_decay=True),
+}  # fmt: skip
+
+
+@backends
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_two_steps_is_noticed(backend, change):
+    ends = []
+    for kept in (True, False):
+        params, optimizer = build(backend if kept else "eager")
+        for step in range(6):
+            set_gradients(params, step)
+            if step == 3:
+                CHANGES[change](params, optimizer)
+            if not kept:
+                optimizer._plan = None
+            optimizer.step()
+        ends.append((params, [optimizer.state[param] for param in params]))
+    low = backend == "triton" and "moment" in change  # the interpreter truncates where bf16 should be rounded
+    unit = torch.finfo(torch.bfloat16 if low else ends[0][0][0].dtype).eps
+    for ours, theirs in zip(*(params for params, _ in ends), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=max(2e-5, 2 * unit), atol=max(1e-7, unit / 10))
+    for ours, theirs in zip(*(states for _, states in ends), strict=True):
+        assert ours.keys() == theirs.keys() and ours.get("step") == theirs.get("step")
+
+
+@pytest.mark.parametrize("change", [in_group(rounding_seed=7), in_group(bf16_stochastic_round=False)])
+def test_how_to_round_is_noticed(change):
+    ends = []
+    for kept in (True, False):
+        params, optimizer = build("eager", torch.bfloat16, bf16_stochastic_round=True)
+        for step in range(4):
+            set_gradients(params, step)
+            if step == 2:
+                change(params, optimizer)
+            if not kept:
+                optimizer._plan = None
+            optimizer.step()
+        ends.append(params)
+    for ours, theirs in zip(*ends, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("change", ["nothing", "the learning rate", "p"])
+def test_one_plan_serves_as_long_as_nothing_but_scalars_changes(change):
+    params, optimizer = build("eager")
+    plans = set()
+    for step in range(6):
+        set_gradients(params, step)
+        if step == 3:
+            CHANGES[change](params, optimizer)
+        optimizer.step()
+        plans.add(optimizer._plan)
+    assert len(plans) == 1
+
+
+def test_what_is_taken_out_of_the_optimizer_is_freed_at_once():
+    params, optimizer = build("eager")
+    set_gradients(params, 0)
+    optimizer.step()
+    gradient = weakref.ref(params[0].grad)
+    moments = weakref.ref(optimizer.state[params[1]]["exp_avg"])
+    optimizer.zero_grad()
+    optimizer.state[params[1]].clear()  # as when states are moved to the host between two phases
+    assert gradient() is None and moments() is None
+
+
+def test_step_numbers_are_what_torch_expects_of_them():
+    params, optimizer = build("eager")
+    for step in range(3):
+        set_gradients(params, step)
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    for state in (optimizer.state_dict(), torch.load(file, weights_only=True)):
+        numbers = [own["step"] for own in state["state"].values()]
+        assert numbers == [3] * 5
+        assert all(type(n) is torch.Tensor and n.shape == () and n.dtype == torch.float32 for n in numbers)
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_a_step_that_fails_does_not_count(backend):
+    params, optimizer = build(backend)
+    set_gradients(params, 0)
+    with mock.patch.object(BACKENDS[backend], "step", side_effect=RuntimeError("out of memory")):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params[:5]] == [0] * 5
+
+
+def test_of_a_step_that_fails_halfway_the_groups_that_were_done_count():
+    params, optimizer = build("eager")
+    set_gradients(params, 0)
+    optimizer.step()
+    step, calls = eager.step, []
+
+    def fails_at_the_second(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        step(*args, **kwargs)
+
+    with mock.patch.object(eager, "step", fails_at_the_second), pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params[:5]] == [2, 2, 2, 1, 1]
+    optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params[:5]] == [3, 3, 3, 2, 2]
+
+
+WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "unique")
+
+
+class OnDevice(torch.Tensor):
+    """Stands for a tensor on a GPU: notes what would make the host wait. All that is computed from it is one, too."""
+
+    waits: list[str] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ in WAITS:
+            OnDevice.waits.append(function.__name__)
+        if function.__name__ == "cpu":
+            return args[0].as_subclass(torch.Tensor)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def on_device(**options):
+    """A tensor each in two groups, with gradients, and an optimizer."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(8, 8, generator=generator).as_subclass(OnDevice)) for _ in range(2)]
+    optimizer = PAdam([{"params": [param]} for param in params], lr=1e-2, p_norm=0.5, **options)
+    assert type(params[0].detach() * 2) is OnDevice
+    return params, optimizer
+
+
+def waits(params, optimizer, steps):
+    """Yield for each step what would make the host wait."""
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        for param in params:
+            param.grad = torch.randn(8, 8, generator=generator).as_subclass(OnDevice)
+        OnDevice.waits.clear()
+        optimizer.step()
+        yield list(OnDevice.waits)
+
+
+def no_launch(monkeypatch):
+    """Let the Triton backend come as far as the launch of its kernel."""
+    pytest.importorskip("triton")
+    from hf_padam.optim.backends import triton, triton_kernel
+
+    monkeypatch.setattr(triton, "unavailable", lambda device: None)
+    monkeypatch.setattr(triton_kernel, "step_kernel", mock.MagicMock())
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize(
+    "options", [{}, {"late_decay": True}, {"s_rate": 0.5}, {"bf16_stochastic_round": True}, {"weight_decay": 0.1}]
+)
+def test_a_step_does_not_wait_for_the_device(backend, options, monkeypatch):
+    if backend == "triton":
+        no_launch(monkeypatch)
+    params, optimizer = on_device(backend=backend, **options)
+    assert all(seen == [] for seen in waits(params, optimizer, 5))
+
+
+def test_the_counting_would_see_a_wait():
+    (param, _), _ = on_device()
+    OnDevice.waits.clear()
+    bool((param * 2).sum() > 0), float(param.sum()), param.detach().abs().tolist()
+    assert OnDevice.waits == ["__bool__", "__float__", "tolist"]
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "fisher"])
+@pytest.mark.parametrize("per_group", [False, True])
+@pytest.mark.parametrize("steps", [100, 260])
+def test_steering_reads_the_device_once_each_time_it_aims_and_aims_200_times_at_most(importance, per_group, steps):
+    params, optimizer = on_device(backend="eager", importance=importance)
+    steering = TargetSparsity(optimizer, 0.5, steps, start=0.1, end=0.9, per_group=per_group)
+    pools, aimed = 1 + per_group, 0
+    for step, seen in enumerate(waits(params, optimizer, steps)):
+        if step == 0 or step == steering.last - 1:
+            continue  # where zeros are counted, and the target is met exactly
+        assert seen in ([], ["cpu"] * pools)
+        aimed += len(seen) // pools
+    assert steering.met and min(50, steps // 4) < aimed <= 200
+
+
+def test_the_scale_of_a_constant_decay_is_read_at_few_steps():
+    params, optimizer = on_device(backend="eager", importance="fisher")
+    seen = list(waits(params, optimizer, 600))
+    assert all(one in ([], ["__float__"]) for one in seen)
+    assert 60 < sum(map(len, seen)) < 100

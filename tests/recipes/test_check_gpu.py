@@ -1,0 +1,120 @@
+"""The command for whoever has a GPU, as far as a CPU can tell."""
+
+import json
+import os
+import subprocess
+import sys
+
+import benchmark_step
+import check_gpu
+import finetune_clm
+import pytest
+import torch
+from conftest import REPOSITORY
+from support import gpu_checks
+
+CPU = torch.device("cpu")
+
+
+def test_without_a_gpu_it_says_what_it_would_do_and_exits_with_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    assert check_gpu.main(["--output", str(tmp_path / "report")]) == 2
+    said = capsys.readouterr().out
+    assert "No GPU" in said and all(f"- {part.name}: {part.what}" in said for part in gpu_checks.PARTS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_names_every_option_of_what_it_starts(monkeypatch, tmp_path):
+    """Each command is one that its program would accept."""
+    commands = []
+
+    def run(*command, **_):
+        commands.append([str(word) for word in command])
+        for flag, text in (("--output", "[]"), ("--output_dir", None)):
+            if flag in commands[-1]:
+                target = commands[-1][commands[-1].index(flag) + 1]
+                results = dict(test_perplexity_before=2.0, test_perplexity=1.0, sparsity=0.5)
+                file = target if text else f"{target}/results.json"
+                with open(file, "w") as f:
+                    f.write(text or json.dumps(results))
+        return "1 passed"
+
+    monkeypatch.setattr(gpu_checks, "run", run)
+    outside = ("marked tests", "speed", "Trainer", "FSDP2", "quickstart")
+    results = check_gpu.check([part for part in gpu_checks.PARTS if part.name in outside], CPU)
+    assert [r["passed"] for r in results] == [True] * 5, results
+    tests, speed, trainer, fsdp, whole = commands
+    assert "gpu" in tests
+    monkeypatch.setattr(benchmark_step, "time_steps", lambda *a: [])
+    monkeypatch.setattr(benchmark_step, "time_trainer", lambda *a: [])
+    for command in (speed, trainer):
+        assert command[0].endswith("benchmark_step.py")
+        benchmark_step.main(command[1 : command.index("--output")])  # exits if it does not know an option
+    assert whole[0].endswith("finetune_clm.py")
+    assert fsdp[:2] == ["-m", "accelerate.commands.launch"] and fsdp[-2:] == ["--max_eval_samples", "4"]
+    for command in (whole, fsdp[fsdp.index(whole[0]) :]):
+        _, data, _, args = finetune_clm.parse([*command[1:], "--use_cpu"])
+        assert data.max_eval_samples == (4 if command is not whole else 32) and args.max_steps in (5, 60)
+
+
+def test_parity_is_checked_with_another_backend():
+    figures = gpu_checks.parity(CPU, "eager", elements=1003)
+    assert set(figures.values()) <= {0.0}
+
+
+def test_parity_sees_a_backend_that_differs(monkeypatch):
+    from types import SimpleNamespace
+
+    def wrong(params, grads, exp_avgs, exp_avg_sqs, scalars, *rest):
+        gpu_checks.eager.step(params, grads, exp_avgs, exp_avg_sqs, scalars._replace(decay=2 * scalars.decay), *rest)
+
+    monkeypatch.setitem(gpu_checks.BACKENDS, "wrong", SimpleNamespace(step=wrong))
+    with pytest.raises(AssertionError, match="wrong differs from eager: fp32, magnitude"):
+        gpu_checks.parity(CPU, "wrong", elements=1003)
+
+
+def test_parity_holds_under_the_interpreter():
+    pytest.importorskip("triton")
+    code = "import torch; from support.gpu_checks import parity; print(parity(torch.device('cpu'), elements=2051))"
+    path = f"{REPOSITORY}:{REPOSITORY / 'recipes'}"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    # In fp32 only: the interpreter, not the GPU, truncates where 16 bits should be rounded.
+    code = code.replace("; print", "; from support import gpu_checks; gpu_checks.DTYPES = "
+                        "{'fp32': gpu_checks.DTYPES['fp32']}; print")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_an_overflow_is_forced_and_changes_nothing():
+    assert 1 < gpu_checks.overflow(CPU)["scale at which steps went on"] < 2.0**60
+
+
+@pytest.mark.parametrize("way", ["bf16 autocast", "gradient checkpointing"])
+def test_ways_of_training_make_zeros(way):
+    figures = gpu_checks.trainings(CPU, (way,), steps=20)
+    assert 0 < figures[f"{way}, zeros"] < 1
+
+
+ROW = dict(model="llama-1.1b", dtype="bf16", device="cuda", p_norm=0.8, milliseconds=10.0, first_step_seconds=1.0)
+
+
+def test_the_report_names_the_hardware_what_failed_and_which_aims_are_missed(tmp_path, monkeypatch):
+    rows = [
+        ROW | dict(optimizer="copy", p_norm=None, gb_per_s=2000.0, ratio_to_fused_adamw=None, peak_extra_bytes=0),
+        ROW | dict(optimizer="PAdam triton", gb_per_s=1900.0, ratio_to_fused_adamw=1.2, peak_extra_bytes=1000),
+    ]
+
+    def fails(device):
+        """Fail."""
+        raise ValueError("no such kernel")
+
+    parts = [gpu_checks.Part("speed", lambda device: {"rows": rows}), gpu_checks.Part("broken", fails)]
+    monkeypatch.setattr(check_gpu, "PARTS", parts)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    assert check_gpu.main(["--output", str(tmp_path / "report")]) == 1
+    text, stored = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "report.json").read_text())
+    assert [part["passed"] for part in stored["parts"]] == [True, False]
+    assert f"torch: {torch.__version__}" in text and "accelerator: xpu" in text
+    assert "ValueError: no such kernel" in text and "| broken | **failed** |" in text
+    assert "**missed**: a step takes at most 1.05 of fused AdamW's time: 1.2" in text
+    assert "- met: at least 0.9 of a copy's bandwidth" in text and "- met: at most 1% more memory" in text
