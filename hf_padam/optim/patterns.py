@@ -72,8 +72,8 @@ def check_blocks(group: dict[str, Any]) -> None:
 @torch.no_grad()
 def missing_in_blocks(tensors: Sequence[Measured], groups: Iterable[dict[str, Any]]) -> int:
     """Return how many weights are still to die under a pattern, over all shards; see `zero_in_blocks_`."""
-    counts, unknown = histogram(_to_die(tensors, groups)[1])
-    return int(counts.sum() + unknown)
+    missing = histogram(_to_die(tensors, groups)[1])
+    return int(missing.counts.sum() + missing.infinite)
 
 
 @torch.no_grad()
@@ -89,9 +89,9 @@ def zero_in_blocks_(tensors: Sequence[Measured], groups: Iterable[dict[str, Any]
         How many became zero, and the size of the largest of them.
     """
     masks, chosen = _to_die(tensors, groups)
-    counts, unknown = histogram(chosen)
-    known = int(counts.sum())
-    number = math.ceil(share * (known + unknown))
+    missing = histogram(chosen)
+    known = int(missing.counts.sum())
+    number = math.ceil(share * (known + missing.infinite))
     threshold = zero_smallest_(chosen, min(number, known))
     zero_smallest_(chosen, number - known, infinite=True)
     for tensor, mask, left in zip(tensors, masks, chosen, strict=True):

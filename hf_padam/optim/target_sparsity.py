@@ -335,7 +335,7 @@ class TargetSparsity:
         if self._blocks(pool[0]):
             _, threshold = zero_in_blocks_(measured, pool, 1.0)
         else:
-            unknown = histogram(measured).infinite  # weights without a gradient so far, of which the same share is to go
+            unknown = histogram(measured).infinite  # without a gradient so far: of these the same share is to go
             missing = max(0, math.ceil(target * elements) - before)
             at_random = min(missing, round(target * unknown))
             threshold = zero_smallest_(measured, min(missing - at_random, elements - before - int(unknown)))
