@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,20 +216,25 @@ def _config_as_options(path: Path, known: set[str], overrides: Sequence[str]) ->
         raise UsageError(f"the config file {path} is malformed: {error}") from error
     if not isinstance(config, dict):
         raise UsageError(f"the config file {path} must hold a mapping of option names to values")
-    options: list[str] = []
-    for key, value in config.items():
+    for key in config:
         if key not in known:
             raise UsageError(
                 f"{path}: unknown key {key!r}{_suggest(str(key), known)}. Keys are option names without --"
             )
-        if value is None or key in overridden:
+    return as_arguments({key: value for key, value in config.items() if key not in overridden})
+
+
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Write options as a command line; those without a value, which have their defaults, are left out."""
+    arguments = []
+    for name, value in options.items():
+        if value is None or value == []:
             continue
-        options.append(f"--{key}")
-        if isinstance(value, list) and key not in JSON_LISTS:
-            options += [str(item) for item in value]
-        else:
-            options.append(json.dumps(value) if isinstance(value, dict | list) else str(value))
-    return options
+        if isinstance(value, list) and name not in JSON_LISTS:
+            arguments += [f"--{name}", *map(str, value)]
+        else:  # with "=", so that "-inf" is not taken for an option
+            arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict | list) else value}")
+    return arguments
 
 
 def _suggest(name: str, known: set[str], prefix: str = "") -> str:

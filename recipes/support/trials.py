@@ -23,7 +23,7 @@ import yaml
 from hf_padam.files import write_atomically
 from hf_padam.resuming.interruption import EXIT_STATUS
 
-from .arguments import JSON_LISTS
+from .arguments import as_arguments
 from .errors import RunFailed, UsageError
 
 Options = dict[str, Any]
@@ -173,18 +173,6 @@ def check_options(job: Job) -> None:
     finally:
         os.environ.clear()
         os.environ.update(environment)
-
-
-def as_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Write options as a command line; those without a value, which have their defaults, are left out."""
-    arguments = []
-    for name, value in options.items():
-        if value is None or value == []:
-            continue
-        arguments.append(f"--{name}")
-        for item in value if isinstance(value, list) and name not in JSON_LISTS else [value]:
-            arguments.append(json.dumps(item) if isinstance(item, dict | list) else str(item))
-    return arguments
 
 
 def read_plan(path: str, keys: Mapping[str, type], optional: Mapping[str, type] | None = None) -> dict[str, Any]:

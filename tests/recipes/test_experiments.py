@@ -22,13 +22,13 @@ import sweep
 import torch
 import yaml
 from conftest import REPOSITORY, TEXT, tiny_gpt2, tiny_llama
-from support.arguments import DataArguments, ModelArguments, parse_arguments
+from support.arguments import DataArguments, ModelArguments, as_arguments, parse_arguments
 from support.characters import Blocks, character_tokenizer, collate_blocks, encode
 from support.errors import UsageError
 from support.importance_scores import prune_by_wanda
 from support.pareto import Comparison, Point, differences, loss_at, pareto_front
 from support.pruning import MagnitudePruning, SoftThreshold, prune_by_magnitude
-from support.trials import Job, RunFailed, as_arguments, check_options, read_plan
+from support.trials import Job, RunFailed, check_options, read_plan
 from test_recipes import run_recipe
 from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerControl, TrainerState, TrainingArguments
@@ -401,7 +401,7 @@ def test_checking_options_leaves_the_environment_alone(tmp_path, monkeypatch):
 
 
 def test_options_without_a_value_are_left_to_the_recipe():
-    assert as_arguments({"a": None, "one_shot": [], "b": [1, 2], "c": False}) == ["--b", "1", "2", "--c", "False"]
+    assert as_arguments({"a": None, "one_shot": [], "b": [1, 2], "c": False}) == ["--b", "1", "2", "--c=False"]
 
 
 def test_compare_leaves_out_what_fails_says_why_and_tables_the_rest(tmp_path, text_file):

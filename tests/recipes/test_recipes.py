@@ -161,6 +161,17 @@ def test_the_command_line_overrides_the_config(tmp_path, capsys):
     assert again[2].learning_rate == 2e-3 and again[2].p_norm == 0.4
 
 
+@pytest.mark.parametrize("p_norm", ["-.inf", "-3", "-1.0e-3"])
+def test_a_negative_number_of_a_config_is_its_options_value(tmp_path, p_norm):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"train_file: {__file__}\noutput_dir: {tmp_path}\ntarget_sparsity: 0.5\np_norm: {p_norm}\n")
+    *_, args = parse_arguments("", ModelArguments, DataArguments, PAdamTrainingArguments, argv=[str(config)])
+    assert args.p_norm == yaml.safe_load(p_norm)
+    save_config(tmp_path / "run_config.yaml", args)
+    *_, again = parse_arguments("", PAdamTrainingArguments, argv=[str(tmp_path / "run_config.yaml")])
+    assert again.p_norm == args.p_norm
+
+
 def test_lists_and_dicts_survive_a_config_and_its_copy(tmp_path):
     config = tmp_path / "config.yaml"
     schedule = {"min_lr_rate": 0.1}
