@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sparsity import local_shard, local_tensor, shard_coordinate, sum_over_shards
-from .update import LARGEST, YOUNG_STEPS, random_key
+from .plan import gradients
+from .update import LARGEST, YOUNG_RATIO, YOUNG_STEPS, random_key
 
 REFERENCE = "reference"
 """The key of a steered group for the size that `update.prepare` takes in place of lambda_p."""
@@ -39,6 +40,8 @@ class Measured(NamedTuple):
     factor: float | Tensor  # x = |weight| * sqrt(second) * factor
     sharding: Any  # see `sparsity.local_shard`
     key: int  # random, another for each parameter and shard, the same on replicas
+    latest: tuple[tuple[Tensor, float], ...] = ()  # what, times a factor and squared, may tell that a weight is young
+    young: float = 0.0  # see `update.Scalars`
 
     def stride(self, sample: int | None) -> int:
         """Return a distance between elements that yields about so many, in all columns; all of them if None."""
@@ -50,48 +53,67 @@ class Measured(NamedTuple):
     def slices(self, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every `step`-th weight and its size, in fp32 and flat, a part of the tensor at a time.
 
-        A weight that has had no gradient under "fisher" has an infinite size, unless it is zero.
+        A weight that has had no gradient under "fisher" has an infinite size, unless it is zero; see `measure`, too.
         """
         flat = self.weight.detach().reshape(-1)
         moments = None if self.second is None else self.second.expand(self.weight.shape).reshape(-1)
+        latest = [(values.reshape(-1), factor) for values, factor in self.latest]
         for start in range(0, flat.numel(), _SLICE * step):
             part = slice(start, start + _SLICE * step, step)
             weight = flat[part]
             x = weight.abs().float()
             if moments is not None:
                 second = moments[part].float()
-                young = (second == 0) & (x > 0)
-                x = torch.where(young, math.inf, x * second.sqrt().clamp(max=LARGEST) * self.factor)
+                young = second == 0
+                for values, factor in latest:
+                    young |= (factor * values[part].float()).square() * self.young >= second
+                x = torch.where(young & (x > 0), math.inf, x * second.sqrt().clamp(max=LARGEST) * self.factor)
             yield weight, x
 
 
-def measure(optimizer: Optimizer, groups: Iterable[dict[str, Any]], scale: float | Tensor = 1.0) -> list[Measured]:
+def measure(
+    optimizer: Optimizer, groups: Iterable[dict[str, Any]], scale: float | Tensor = 1.0, *, spare_young: bool = False
+) -> list[Measured]:
     """Return what the sizes of the trainable weights of some groups come from.
 
     Args:
         optimizer: `PAdam`, or a relative of Adam that keeps `exp_avg_sq`.
         groups: Of the optimizer.
         scale: mu; or a tensor with it, which is not read here.
+        spare_young: Under "fisher" let those weights too have infinite sizes that have had just a few gradients, and
+            that the step to come would leave alone.
     """
     measured: list[Measured] = []
     for group in groups:
-        for param in group["params"]:
+        grads = gradients(group["params"]) if spare_young else [None] * len(group["params"])
+        for param, grad in zip(group["params"], grads, strict=True):
             if not param.requires_grad:
                 continue
             weight, sharding = local_shard(param)
             rank = (dist.get_rank(sharding),) if isinstance(sharding, dist.ProcessGroup) else shard_coordinate(param)
             second: Tensor | None = None
             factor: float | Tensor = 1.0
+            latest: list[tuple[Tensor, float]] = []
+            correction = 0.0
             if group.get("importance") == "fisher":
                 second = weight.new_zeros(())
                 state = optimizer.state.get(param) or {}
                 if "exp_avg_sq" in state:
-                    second = local_tensor(state["exp_avg_sq"])
-                    second = second.dequantize() if hasattr(second, "codes") else second
+                    second = _plain(state["exp_avg_sq"])
+                    if grad is not None:
+                        latest = [(_plain(state["exp_avg"]), 1.0), (grad, 0.5)]
                     own = scale.to(weight.device) if isinstance(scale, Tensor) else scale
-                    factor = (1 - group["betas"][1] ** float(state["step"])) ** -0.5 / own
-            measured.append(Measured(weight, second, factor, sharding, random_key(len(measured), *rank)))
+                    correction = 1 - group["betas"][1] ** float(state["step"])
+                    factor = correction**-0.5 / own
+            key = random_key(len(measured), *rank)
+            measured.append(Measured(weight, second, factor, sharding, key, tuple(latest), correction / YOUNG_RATIO))
     return measured
+
+
+def _plain(moment: Tensor) -> Tensor:
+    """Return what of a moment is held here, unpacked."""
+    local = local_tensor(moment)
+    return local.dequantize() if hasattr(local, "codes") else local
 
 
 def fisher_scale(measured: Iterable[Measured], sample: int | None = None) -> Tensor:

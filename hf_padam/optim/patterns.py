@@ -112,6 +112,7 @@ def _to_die(tensors: Sequence[Measured], groups: Iterable[dict[str, Any]]) -> tu
         tensor._replace(
             weight=tensor.weight.detach()[mask],
             second=None if tensor.second is None else tensor.second.expand(tensor.weight.shape)[mask],
+            latest=tuple((values[mask], factor) for values, factor in tensor.latest),
         )
         for tensor, mask in zip(tensors, masks, strict=True)
     ]

@@ -59,6 +59,14 @@ def quantile(histogram: Tensor, share: float) -> float:
     return torch.tensor(index << _SHIFT, dtype=torch.int32, device="cpu").view(torch.float32).item()
 
 
+def zero_below_(tensors: Sequence[Measured], size: float) -> None:
+    """Zero the weights that are smaller than a size, in place."""
+    for tensor in tensors:
+        parts = [x < size for _, x in tensor.slices()]
+        if parts:
+            tensor.weight.detach().masked_fill_(torch.cat(parts).view(tensor.weight.shape), 0.0)
+
+
 def zero_smallest_(tensors: Sequence[Measured], number: int, infinite: bool = False) -> float:
     """Zero exactly so many of the smallest weights that are not zero yet, in place; ties are decided at random.
 

@@ -8,8 +8,9 @@ there. Where gradients hold weights back, that quantile comes to lie at larger w
 enough of them die. No other constant is needed: the learning rate, its schedule, p and the size of the weights all
 cancel out.
 
-What is set is not lambda_p but the size at which ``lr * lambda_p * x^(p - 2) = 1``, a number for every p. At
-``p = -inf`` it is the quantile itself, and the plan is gradual pruning.
+What is set is not lambda_p but the size at which ``lr * lambda_p * x^(p - 2) = 1``. At ``p = -inf``, what is below it
+dies at once: the plan is gradual pruning, and what is below the quantile is zeroed as it is chosen, since a weight
+that passes through it in a later step may be as good as any.
 
 The plan is the cubic ramp of gradual pruning (Zhu & Gupta, arXiv 1710.01878): fast while there are many superfluous
 weights, slow towards the end. What is missing at its end is made up for by zeroing the smallest weights, exactly so
@@ -34,7 +35,7 @@ from ..sparsity import TensorCount, count_zeros
 from .importance import REFERENCE, SCALE, fisher_scale, measure
 from .padam import PAdam, unwrap
 from .patterns import PATTERN, check_blocks, missing_in_blocks, zero_in_blocks_
-from .quantiles import histogram, quantile, zero_smallest_
+from .quantiles import histogram, quantile, zero_below_, zero_smallest_
 from .schedules import FINAL
 from .update import YOUNG_STEPS
 
@@ -50,8 +51,8 @@ HOLD = 2.0**-100
 _HORIZON = 0.1
 """Steps that the decay looks ahead, as a share of the ramp: shorter is closer to the plan, longer is gentler."""
 
-_UPDATES = 200
-"""How many times during the ramp the decay is computed anew, at most."""
+_UPDATES, _PRUNINGS = 200, 50
+"""How many times during the ramp the decay is computed anew, at most; or, at ``p = -inf``, weights are pruned."""
 
 _SAMPLE, _POOL_SAMPLE = 2**22, 2**18
 """Elements that quantiles are estimated from, at least: of all steered tensors, and of those that arrive together."""
@@ -80,19 +81,16 @@ class TargetSparsity:
 
     It registers itself with the optimizer's step hooks; nothing else has to be called:
 
-        optimizer = PAdam(get_param_groups(model), lr=1e-3)
-        TargetSparsity(optimizer, target=0.7, total_steps=len(loader) * epochs)
+        optimizer = PAdam(get_param_groups(model, target_sparsity=0.7), lr=1e-3)
+        TargetSparsity(optimizer, total_steps=len(loader) * epochs)
 
     The groups whose `lambda_p` is positive are steered; their `lambda_p` becomes a result. Frozen weights are neither
     changed nor counted. All state is in keys of these groups, so it is saved and restored with the optimizer's state,
     and a resumed run goes on exactly.
 
-    Groups can have targets of their own, in the key `target_sparsity`: `get_param_groups` makes such of a mapping from
-    modules to shares, and of an N:M pattern, under which weights are chosen by block and zeroed step by step rather
-    than by the decay.
-
-        optimizer = PAdam(get_param_groups(model, target_sparsity={"mlp": 0.8, "attn": 0.5}), lr=1e-3)
-        TargetSparsity(optimizer, target=None, total_steps=len(loader) * epochs)
+    The target is in the groups' key `target_sparsity`, and may be each group's own: `get_param_groups` also takes a
+    mapping from modules to shares, and an N:M pattern, under which weights are chosen by block and zeroed step by step
+    rather than by the decay.
 
     Args:
         optimizer: A `PAdam`.
@@ -112,8 +110,8 @@ class TargetSparsity:
     def __init__(
         self,
         optimizer: Optimizer,
-        target: float | None,
-        total_steps: int,
+        target: float | None = None,
+        total_steps: int = 0,
         *,
         start: float = DEFAULT_START,
         end: float = DEFAULT_END,
@@ -126,7 +124,6 @@ class TargetSparsity:
         self.at_once = start == end
         self.first = min(math.floor(start * total_steps), total_steps - 1)
         self.last = max(self.first + 1, round(end * total_steps))  # the ramp arrives after this many steps
-        self.interval = math.ceil((self.last - self.first) / _UPDATES)
         self.optimizer = unwrap(optimizer)
         if not isinstance(self.optimizer, PAdam):
             raise ValueError(
@@ -147,6 +144,8 @@ class TargetSparsity:
         if any(group["importance"] == "fisher" for group in steered):  # nothing is known of weights before
             self.first = min(max(self.first, YOUNG_STEPS), total_steps - 1)
             self.last = max(self.first + 1, self.last)
+        often = _PRUNINGS if _prunes(steered) else _UPDATES
+        self.interval = math.ceil((self.last - self.first) / often)
         for pool in self._pools():
             if pool[0]["target_step"] == 0:
                 self._initial(pool)  # so that a target out of reach is refused now; weights may yet be loaded
@@ -300,11 +299,11 @@ class TargetSparsity:
         """
         if self._blocks(pool[0]):
             alive = self._left(min(step + self.interval, self.last)) / self._left(step)
-            zero_in_blocks_(measure(self.optimizer, pool), pool, 1 - alive)
+            zero_in_blocks_(measure(self.optimizer, pool, spare_young=True), pool, 1 - alive)
             return
         target = self._target(pool[0])
         horizon = max(self.interval, min(math.ceil(_HORIZON * (self.last - self.first)), self.last - step))
-        if all(group["p_norm"] == -math.inf for group in pool):  # who is to die does so at once
+        if _prunes(pool):
             horizon = self.interval
         ahead = min(self.planned(step + horizon, pool[0]["target_initial"], target), target - _LAST)
         sample = max(
@@ -313,13 +312,16 @@ class TargetSparsity:
         measured, mu = measure(self.optimizer, pool), None
         if any(group["importance"] == "fisher" for group in pool):
             mu = fisher_scale(measured, sample)
-            measured = measure(self.optimizer, pool, mu)
+            measured = measure(self.optimizer, pool, mu, spare_young=_prunes(pool))
         counts, _, zeros, scale = histogram(measured, sample, mu)
         if zeros >= ahead * float(counts.sum()):
             for group in pool:
                 group["target_reference"] = 0.0
             return
         size = quantile(counts, ahead)
+        if _prunes(pool):
+            zero_below_(measured, size)
+            return
         for group in pool:
             exponent = 2 - group["p_norm"]
             slowly = 1.0 if math.isinf(exponent) else (exponent * horizon) ** (-1 / exponent)
@@ -400,6 +402,11 @@ def check_plan(target: float, start: float, end: float) -> None:
             f"target_start={start!r} and target_end={end!r} are not allowed: they are shares of the training steps, "
             "0 <= start <= end <= 1"
         )
+
+
+def _prunes(groups: list[dict[str, Any]]) -> bool:
+    """Whether what is to die does so at once."""
+    return all(group["p_norm"] == -math.inf for group in groups)
 
 
 def _params(pool: list[dict[str, Any]]) -> list[Tensor]:

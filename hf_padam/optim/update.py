@@ -64,7 +64,7 @@ YOUNG_STEPS = 10
 """Under "fisher" nothing decays in so many first steps: a root of a second moment is then known to 1 / sqrt(2 * 10),
 some 22 %, and the few tiny gradients that a weight may begin with no longer stand for all that it will have."""
 
-_YOUNG_RATIO = 2.0
+YOUNG_RATIO = 2.0
 """Under "fisher" a weight is left alone in a step if its squared first moment is so many times its second moment from
 before the step, or its squared gradient four times as many. In the long run the mean of gradients is no larger than
 their root mean square, and few are three times as large. Both are so while a weight has had no gradient before, or
@@ -200,7 +200,7 @@ def prepare(
         decay=decay,
         exponent=p_norm - 2,
         size_scale=min(max(scale, _SMALLEST_NORMAL), LARGEST),
-        young=correction2 / _YOUNG_RATIO,
+        young=correction2 / YOUNG_RATIO,
         late_decay=late_decay and form is not Form.NONE,  # else a backend would build a kernel that does the same
         fisher=fisher and form not in (Form.NONE, Form.HOLD),
         s_rate=s_rate,

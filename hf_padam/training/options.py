@@ -20,11 +20,11 @@ from ..optim.target_sparsity import DEFAULT_END, DEFAULT_START, SCOPES, check_pl
 from ..optim.update import IMPORTANCES
 from .distillation import DEFAULT_TEMPERATURE, DEFAULT_WEIGHT, DTYPES
 
-TARGET_DEFAULTS: dict[str, Any] = {"p_norm": -1.0, "importance": "fisher"}
-"""What a target sparsity comes with where nothing else is asked for; measured, see recipes/README.md."""
+PAPER: dict[str, Any] = {"p_norm": DEFAULT_P_NORM, "importance": "magnitude"}
+"""The paper's method, for a lambda_p of one's own, or where importance="magnitude" is given."""
 
-PLAIN_DEFAULTS: dict[str, Any] = {"p_norm": DEFAULT_P_NORM, "importance": "magnitude"}
-"""The paper's method, for a lambda_p of one's own."""
+PRUNING: dict[str, Any] = {"p_norm": -math.inf, "importance": "fisher"}
+"""What a target comes with where nothing else is asked for; measured, see recipes/README.md."""
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
@@ -51,7 +51,7 @@ class PAdamOptions:
         None,
         "p of the norm whose decay is applied, any number. Below 2 it makes zeros; the smaller it is, the less "
         "survivors are shrunk, down to -inf (write --p_norm=-inf), which is gradual pruning. Default: "
-        f"{DEFAULT_P_NORM}, the paper's; {TARGET_DEFAULTS['p_norm']} with target_sparsity.",
+        f"{PAPER['p_norm']}, the paper's; {PRUNING['p_norm']} with target_sparsity, unless importance is magnitude.",
     )
     lambda_p: float | None = _option(
         None,
@@ -61,7 +61,7 @@ class PAdamOptions:
     importance: str | None = _option(
         None,
         "By what the decay measures a weight: magnitude, the paper's method, or fisher, magnitude times the root of "
-        f"Adam's second moment. Default: magnitude; {TARGET_DEFAULTS['importance']} with target_sparsity.",
+        f"Adam's second moment. Default: {PAPER['importance']}; {PRUNING['importance']} with target_sparsity.",
         choices=list(IMPORTANCES),
     )
     p_norm_schedule: str = _option(
@@ -269,9 +269,8 @@ def malformed(text: Any) -> str:
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with the norm and the importance that go with them, where these were not given."""
-    defaults = TARGET_DEFAULTS if has_target(options) else PLAIN_DEFAULTS
-    if options["target_pattern"] is not None:
-        defaults = defaults | {"p_norm": -math.inf}
+    pruning = options["target_pattern"] is not None or (has_target(options) and options["importance"] != "magnitude")
+    defaults = PRUNING if pruning else PAPER
     return {**options, **{key: value for key, value in defaults.items() if options[key] is None}}
 
 

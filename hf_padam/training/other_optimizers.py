@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from ..optim.any_optimizer import add_pnorm_decay, decay_scalars, has_pnorm_decay
 from ..optim.schedules import FINAL
-from .options import OPTIONS, PLAIN_DEFAULTS, options_of
+from .options import OPTIONS, PAPER, options_of
 from .param_groups import get_param_groups
 from .registration import OPTIMIZERS
 
@@ -28,7 +28,7 @@ def asks_for_decay(args: TrainingArguments) -> bool:
 def decay_of(args: Any) -> dict[str, Any]:
     """Return `p_norm`, `lambda_p` and `importance` of the decay beside another optimizer."""
     given = {key: getattr(args, key) for key in ("p_norm", "lambda_p", "importance")}
-    return {**given, **{key: value for key, value in PLAIN_DEFAULTS.items() if given[key] is None}}
+    return {**given, **{key: value for key, value in PAPER.items() if given[key] is None}}
 
 
 def check_decay_options(args: Any) -> None:
@@ -54,7 +54,7 @@ def check_decay_options(args: Any) -> None:
                 f"to {name}, give lambda_p and p_norm as options of their own (--lambda_p, --p_norm)"
             )
     if args.lambda_p is None:
-        for key, plain in (PLAIN_DEFAULTS | {"p_norm_schedule": "constant"}).items():
+        for key, plain in (PAPER | {"p_norm_schedule": "constant"}).items():
             if getattr(args, key) not in (None, plain):
                 raise ValueError(
                     f"{key}={getattr(args, key)!r} has no effect on optim={name!r} without lambda_p, the strength of "

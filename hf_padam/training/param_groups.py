@@ -14,10 +14,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
-from ..optim.hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM
+from ..optim.hyperparameters import DEFAULT_LAMBDA_P
 from ..optim.patterns import INPUT_DIM, PATTERN, pattern_share
 from ..optim.schedules import FINAL
 from .linear_maps import adapter_weights, embedding_weights, linear_matrices, tables
+from .options import with_defaults
 
 
 def decayed_parameters(
@@ -86,14 +87,14 @@ def decayed_parameters(
 def get_param_groups(
     model: nn.Module,
     *,
-    p_norm: float = DEFAULT_P_NORM,
+    p_norm: float | None = None,
     lambda_p: float = DEFAULT_LAMBDA_P,
     weight_decay: float = 0.0,
     p_norm_start: float | None = None,
     target_sparsity: float | Mapping[str, float] | None = None,
     target_pattern: str | None = None,
     target_scope: str = "global",
-    importance: str = "magnitude",
+    importance: str | None = None,
     late_decay: bool = False,
     s_rate: float = 1.0,
     decay_embeddings: bool = False,
@@ -106,7 +107,7 @@ def get_param_groups(
 
     Args:
         model: The model to train.
-        p_norm: See `PAdam`.
+        p_norm: See `PAdam`. By default 0.8, the paper's; with a target -inf, unless `importance` is "magnitude".
         lambda_p: See `PAdam`; 0 in the second group.
         weight_decay: See `PAdam`; 0 in the second group.
         target_sparsity: A share of zeros for `TargetSparsity` to steer to, kept in the decayed groups; or a mapping
@@ -114,7 +115,7 @@ def get_param_groups(
         target_pattern: In its place an N:M pattern, such as "2:4": N of M weights stay, along the inputs.
         target_scope: "layer" makes a group of each decayed tensor, which is to have the share by itself.
         p_norm_start: Where p starts if a schedule is to move it to `p_norm` (see `PNormScheduler`).
-        importance: See `PAdam`.
+        importance: See `PAdam`. By default "magnitude", the paper's; with a target "fisher".
         late_decay: See `PAdam`.
         s_rate: See `PAdam`.
         decay_embeddings: See `decayed_parameters`.
@@ -134,6 +135,9 @@ def get_param_groups(
     if not decayed:
         raise ValueError(_nothing_left(model, target_modules, dense_modules))
     others = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in decayed]
+    given: dict[str, Any] = {"target_sparsity": target_sparsity, "target_pattern": target_pattern}
+    given = with_defaults(given | {"p_norm": p_norm, "importance": importance})
+    p_norm, importance = given["p_norm"], given["importance"]
     groups: list[dict[str, Any]] = [
         {"params": list(decayed.items()), "p_norm": p_norm, "lambda_p": lambda_p, "weight_decay": weight_decay}
     ]

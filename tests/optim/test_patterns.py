@@ -50,7 +50,7 @@ def gpt_oss():
 def test_every_block_along_the_inputs_ends_with_its_zeros(build, pattern, dead, m):
     model = build()
     dense = None if build in (tiny_llama, tiny_gpt2) else r".*(self_attn|gate|router)"
-    groups = get_param_groups(model, p_norm=-torch.inf, target_pattern=pattern, dense_modules=dense)
+    groups = get_param_groups(model, importance="magnitude", target_pattern=pattern, dense_modules=dense)
     optimizer = PAdam(groups, lr=1e-3)
     steering = TargetSparsity(optimizer, None, 6, start=0.0, end=0.5)
     data = torch.tensor([row["input_ids"] for row in blocks()[:2]])

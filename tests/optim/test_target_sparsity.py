@@ -18,6 +18,7 @@ from hf_padam import (
     TargetSparsity,
     TargetSparsityCallback,
     decayed_parameters,
+    get_param_groups,
 )
 from hf_padam.optim.importance import REFERENCE, Measured
 from hf_padam.optim.quantiles import histogram, quantile
@@ -151,6 +152,27 @@ def test_a_resumed_run_goes_on_exactly(stop):
     train(second, optimizer, scheduler, x, y, range(stop, STEPS))
     for a, b in zip(model.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("steps", [13, 20, 90])
+@pytest.mark.parametrize("options", [{}, {"importance": "magnitude", "p_norm": -math.inf}], ids=str)
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_pruning_arrives_to_the_element_however_few_the_steps(steps, options, scope):
+    model = tiny_llama()
+    groups = get_param_groups(model, target_sparsity=0.7, target_scope=scope, **options)
+    optimizer = PAdam(groups, lr=1e-2)
+    TargetSparsity(optimizer, total_steps=steps)
+    data = torch.tensor([row["input_ids"] for row in blocks()[:4]])
+    shares = []
+    for _ in range(steps):
+        model(input_ids=data, labels=data).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        shares.append(share(decayed_parameters(model).values()))
+    params = list(decayed_parameters(model).values())
+    assert shares == sorted(shares) and len(set(shares)) >= (2 if steps < 20 else 5)
+    for pool in [params] if scope == "global" else [[param] for param in params]:
+        assert sum(int((p == 0).sum()) for p in pool) == math.ceil(0.7 * sum(p.numel() for p in pool))
 
 
 def test_each_group_alone_or_all_together():
