@@ -23,6 +23,7 @@ from .model_card import add_sparsity, remove_sparsity
 from .model_directory import CONFIG, OTHER_WEIGHTS, QUANT_METHOD, VERSION_KEY, ModelDirectory, checksum
 from .packing import (
     FORMAT_VERSION,
+    REMEDY,
     CompressionError,
     TensorInfo,
     chain,
@@ -34,7 +35,7 @@ from .packing import (
 )
 from .parallel import in_order
 from .sparsity_report import SparsityReport
-from .tensor_files import INDEX, StoredTensor, TensorFile, TensorWriter
+from .tensor_files import INDEX, StoredTensor, TensorFile, TensorWriter, checked_metadata
 
 CARD = "README.md"
 _NOT_COPIED = (*OTHER_WEIGHTS, ".safetensors", ".index.json")
@@ -291,7 +292,7 @@ def _pack_file(file: TensorFile, writer: TensorWriter, bar: tqdm) -> int:
 
 def _decompress_file(model: ModelDirectory, file: TensorFile, path: Path) -> None:
     heads = [model.info(stored) for stored in file.tensors]
-    writer = TensorWriter(path, heads, json.loads(file.metadata[f"{_SOURCE}metadata"]), checksum=False)
+    writer = TensorWriter(path, heads, _source_metadata(file), checksum=False)
     try:
         for stored, info in zip(file.tensors, heads, strict=True):
             packed = memoryview(stored.read())
@@ -304,6 +305,15 @@ def _decompress_file(model: ModelDirectory, file: TensorFile, path: Path) -> Non
         writer.finish()
     finally:
         writer.close()
+
+
+def _source_metadata(file: TensorFile) -> dict[str, str]:
+    """Return the metadata that the file had before it was compressed."""
+    try:
+        return checked_metadata(json.loads(file.metadata[f"{_SOURCE}metadata"]))
+    except (KeyError, ValueError, RecursionError):
+        message = f"{file.path} is damaged: it does not say which metadata it had before. {REMEDY}"
+        raise CompressionError(message) from None
 
 
 def _as_bytes(info: TensorInfo, size: int) -> TensorInfo:

@@ -163,7 +163,7 @@ class ModelDirectory:
         if not self.compressed:
             return stored.info
         beginning = memoryview(stored.read(0, min(stored.info.nbytes, MAX_HEAD)))
-        return unpack_head(beginning, stored.where)[0]
+        return unpack_head(beginning, stored.where, stored.info.nbytes)[0]
 
     def reader(self, stored: StoredTensor) -> tuple[TensorInfo, Callable[[int, int], bytearray | memoryview]]:
         """Return what a tensor is when it is dense, and what reads its dense bytes: so many from a place on.
@@ -208,6 +208,8 @@ class ModelDirectory:
             )
 
     def _check_tensor(self, stored: StoredTensor) -> None:
+        if stored.info.dtype != "U8" or len(stored.info.shape) != 1:
+            raise CompressionError(f"{stored.where} is not packed, although its file says so: it is damaged. {REMEDY}")
         packed = memoryview(stored.read())
         try:
             info, start = unpack_head(packed, stored.where)
@@ -250,7 +252,7 @@ class ModelDirectory:
             parsed = json.loads(data)
             if isinstance(parsed, dict):
                 return parsed
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
         raise CompressionError(f"{self.path / name} is damaged: it does not hold a JSON object. {REMEDY}")
 
@@ -288,9 +290,10 @@ def unpack(packed: memoryview, where: str) -> tuple[TensorInfo, Tensor]:
         CompressionError: If it is damaged.
     """
     info, start = unpack_head(packed, where)
+    dtype = torch_dtype(info)
     data = torch.empty(info.nbytes, dtype=torch.uint8)
     dense = data.numpy()
     jobs = ((info, record, size) for record, (_, size) in zip(records(info, packed, start), info.chunks, strict=True))
     for words, (offset, size) in zip(in_order(unpack_chunk, jobs), info.chunks, strict=True):
         dense[offset : offset + size].view(info.word)[:] = words
-    return info, data.view(torch_dtype(info)).reshape(info.shape)
+    return info, data.view(dtype).reshape(info.shape)
