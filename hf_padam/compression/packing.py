@@ -84,7 +84,9 @@ class TensorInfo:
         if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(shape, list):
             raise ValueError(f"what it says of {str(name)[:100]!r} is of the wrong kind")
         name.encode()  # escapes of JSON can be what no text has
-        if len(shape) > _MAX_DIMENSIONS or any(type(n) is not int or not 0 <= n < _TOO_LARGE for n in (nbytes, *shape)):
+        if len(shape) > _MAX_DIMENSIONS or any(
+            type(n) is not int or not 0 <= n < _TOO_LARGE for n in (nbytes, *shape)
+        ):
             raise ValueError(f"the sizes that it says {name[:100]!r} has cannot be")
         info, size = cls(name, dtype, tuple(shape), nbytes), _SIZES.get(dtype)
         fits = info.elements <= 8 * nbytes if size is None else info.elements * size == nbytes
