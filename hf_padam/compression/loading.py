@@ -132,7 +132,7 @@ def _check_whole(stored: ModelDirectory) -> None:
         named = skeleton(stored)
     except Exception:  # a class or code of its own
         return
-    if getattr(named, "_keys_to_ignore_on_load_missing", None):
+    if getattr(named, "_keys_to_ignore_on_load_missing", None):  # which may be missing, and is then made anew
         return
     try:
         names_in_memory(named, {tensor.info.name: stored.info(tensor).shape for tensor in stored.stored})
@@ -228,14 +228,12 @@ class CompressedQuantizer(HfQuantizer):
             return
         state = model.state_dict(keep_vars=True)
         missing = state.keys() if self._missing is None else self._missing
-        loaded = {id(tensor) for name, tensor in state.items() if name not in missing}
+        loaded = {id(tensor) for name, tensor in state.items() if name not in missing}  # under any of its tied names
         differing: Any = SimpleNamespace(
-            missing_keys={
-                name for name in missing if id(state.get(name)) not in loaded
-            },  # what is tied is stored once
+            missing_keys={name for name in missing if id(state.get(name)) not in loaded},
             unexpected_keys=self._stored - self._unpacked,
         )
-        model._adjust_missing_and_unexpected_keys(differing)  # spares what the class itself does
+        model._adjust_missing_and_unexpected_keys(differing)  # takes out what the class says may differ
         found = {"lacks": differing.missing_keys, "has, and the model has not,": differing.unexpected_keys}
         lines = [
             f"it {what} {', '.join(sorted(names)[:5])} ({len(names)} in all)" for what, names in found.items() if names
