@@ -43,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("--force", action="store_true", help="replace a model's directory at OUT")
         if name == "compress":
             command.add_argument("--push_to_hub", metavar="ID", help="upload OUT to this repository, too")
+            command.add_argument(
+                "--private",
+                action=argparse.BooleanOptionalAction,
+                default=True,
+                help="whether the repository is private, if --push_to_hub creates it (default: it is)",
+            )
     sparsity = commands.add_parser(
         "sparsity",
         help="show the sparsity of a checkpoint, layer by layer",
@@ -51,38 +57,62 @@ def main(argv: Sequence[str] | None = None) -> None:
     sparsity.add_argument("model", metavar="MODEL", help="a directory, compressed or not, or a model's id on the Hub")
     sparsity.add_argument("--json", metavar="FILE", help="write every tensor's figures; - for the standard output")
     sparsity.add_argument("--picture", metavar="FILE", help="draw the zeros by layer (.png, .svg, .pdf)")
-    sparsity.add_argument("--pattern", metavar="N:M", default="2:4", help="the blocks to count (default %(default)s)")
+    sparsity.add_argument(
+        "--pattern",
+        metavar="N:M",
+        default="2:4",
+        help="the blocks to count: as in target_pattern, of M weights along the inputs at most N are not zero "
+        "(default %(default)s)",
+    )
+    verify = commands.add_parser(
+        "verify",
+        help="check that a model's directory is whole and intact",
+        description="Check a model's directory: every checksum of a compressed one, headers, sizes and names of a "
+        "standard one. The exit status is 0 if it is intact, 1 if it is not, and 2 if there is no model to check.",
+    )
+    verify.add_argument("model", metavar="MODEL", help="a directory, compressed or not, or a model's id on the Hub")
+    for name in ("compress", "decompress", "sparsity", "verify"):
+        command = commands.choices[name]
+        command.add_argument("--revision", help="the branch, tag or commit of a model on the Hub")
+        command.add_argument("--token", help="for the Hub (default: that of HF_TOKEN or `hf auth login`)")
     args = parser.parse_args(argv)
     if args.command == "run":
         _run(run, args.script, args.arguments, args.module)
         return
+    work = {"sparsity": _sparsity, "verify": _verify}.get(args.command, _compression)
     try:
-        sys.stdout.write(_sparsity(args) if args.command == "sparsity" else _compression(args))
+        sys.stdout.write(work(args))
     except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"hf-padam {args.command}: {error}") from None
+        message = f"hf-padam {args.command}: {error}"
+        if args.command == "verify":  # whose exit status 1 says that a model is not intact
+            verify.exit(2, f"{message}\n")
+        raise SystemExit(message) from None
 
 
 def _compression(args: argparse.Namespace) -> str:
     """Compress or decompress; return what to print."""
-    from .compression.compress import compress, decompress, upload
+    from .compression.compress import compress, decompress
+    from .compression.hub import upload
 
+    options = {"force": args.force, "revision": args.revision, "token": args.token}
     if args.command == "decompress":
-        return f"{decompress(args.source, args.destination, force=args.force)} holds the standard checkpoint.\n"
-    result = compress(args.source, args.destination, force=args.force)
+        return f"{decompress(args.source, args.destination, **options)} holds the standard checkpoint.\n"
+    result = compress(args.source, args.destination, **options)
     if args.push_to_hub:
-        upload(result.directory, args.push_to_hub)
+        upload(result.directory, args.push_to_hub, private=args.private, token=args.token)
     return f"{result}\n"
 
 
 def _sparsity(args: argparse.Namespace) -> str:
     """Make the report; return what to print."""
+    from .compression.hub import find
     from .compression.model_directory import ModelDirectory
     from .compression.sparsity_report import SparsityReport
     from .files import write_atomically
     from .optim.patterns import parse_pattern
 
     pattern = parse_pattern(args.pattern)
-    with ModelDirectory.find(args.model) as model:
+    with ModelDirectory(find(args.model, args.revision, args.token)) as model:
         if model.compressed:
             model.check()
         report = SparsityReport.of(model, pattern)
@@ -93,6 +123,17 @@ def _sparsity(args: argparse.Namespace) -> str:
     if args.json:
         write_atomically(args.json, report.as_json())
     return f"{report}\n"
+
+
+def _verify(args: argparse.Namespace) -> str:
+    """Verify a directory; return what to print, or exit where it is not intact."""
+    from .compression.verify import verify
+
+    found = verify(args.model, revision=args.revision, token=args.token)
+    if not found.intact:
+        sys.stdout.write(f"{found}\n")
+        raise SystemExit(1)
+    return f"{found}\n"
 
 
 def _run(parser: argparse.ArgumentParser, script: str, arguments: list[str], is_module: bool) -> None:

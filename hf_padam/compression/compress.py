@@ -19,22 +19,22 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..files import is_free, staged_new_directory
+from .hub import find, upload
 from .model_card import add_sparsity, remove_sparsity
-from .model_directory import CONFIG, OTHER_WEIGHTS, QUANT_METHOD, VERSION_KEY, ModelDirectory, checksum
+from .model_directory import CONFIG, OTHER_WEIGHTS, QUANT_METHOD, VERSION_KEY, ModelDirectory, checksum, unpacked
 from .packing import (
     FORMAT_VERSION,
+    REMEDY,
     CompressionError,
     TensorInfo,
     chain,
     pack_chunk,
     pack_head,
-    records,
-    unpack_chunk,
     unpack_head,
 )
 from .parallel import in_order
 from .sparsity_report import SparsityReport
-from .tensor_files import INDEX, StoredTensor, TensorFile, TensorWriter
+from .tensor_files import INDEX, StoredTensor, TensorFile, TensorWriter, checked_metadata
 
 CARD = "README.md"
 _NOT_COPIED = (*OTHER_WEIGHTS, ".safetensors", ".index.json")
@@ -72,20 +72,29 @@ class Compressed:
         return "\n".join(lines)
 
 
-def compress(source: str | Path, destination: str | Path, *, force: bool = False) -> Compressed:
+def compress(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    force: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Compressed:
     """Compress a model's directory. A bar on stderr shows the progress, on a terminal.
 
     Args:
         source: A directory with safetensors files, or a model's id on the Hugging Face Hub.
         destination: The directory to make.
         force: Replace a model's directory that is there; not one that holds checkpoints or other directories.
+        revision: The branch, tag or commit of a model on the Hub.
+        token: The access token for the Hub; by default that of HF_TOKEN or `hf auth login`.
 
     Raises:
         CompressionError: If the source is damaged, has no config, is compressed or quantized.
         FileExistsError: If there is something at the destination.
         WriteError: If it could not be written.
     """
-    with ModelDirectory.find(source) as model:
+    with ModelDirectory(find(source, revision, token)) as model:
         if model.compressed:
             raise CompressionError(f"{source} is compressed already; `hf-padam decompress` makes it dense again")
         if model.config_bytes is None:
@@ -107,13 +116,22 @@ def compress(source: str | Path, destination: str | Path, *, force: bool = False
         return Compressed(Path(destination), model.nbytes, compressed_bytes, report, left_out)
 
 
-def decompress(source: str | Path, destination: str | Path, *, force: bool = False) -> Path:
+def decompress(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    force: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Path:
     """Make the standard directory of a compressed model: the same weights, bit for bit, for programs without hf_padam.
 
     Args:
         source: A directory that `compress` made, or the id of one on the Hub.
         destination: The directory to make.
         force: Replace a model's directory that is there.
+        revision: The branch, tag or commit of a model on the Hub.
+        token: The access token for the Hub; by default that of HF_TOKEN or `hf auth login`.
 
     Returns:
         The destination.
@@ -123,7 +141,7 @@ def decompress(source: str | Path, destination: str | Path, *, force: bool = Fal
         FileExistsError: If there is something at the destination.
         WriteError: If it could not be written.
     """
-    with ModelDirectory.find(source) as model:
+    with ModelDirectory(find(source, revision, token)) as model:
         if not model.compressed:
             raise CompressionError(f"{source} is not compressed: its weights are dense already")
         model.check()
@@ -145,6 +163,9 @@ def save_compressed(
     *,
     force: bool = False,
     push_to_hub: str | None = None,
+    private: bool = True,
+    revision: str | None = None,
+    token: str | None = None,
     **save_options: Any,
 ) -> Compressed:
     """Save a model, compressed. The disk holds the dense files beside it for a while; memory never does.
@@ -156,6 +177,9 @@ def save_compressed(
         force: Replace a model's directory that is there, a tokenizer in it too; not one that holds checkpoints or
             other directories.
         push_to_hub: Also upload it, to the repository of this id, which is created if it does not exist.
+        private: Whether that is private if it is created. One that exists stays as it is.
+        revision: The branch to upload to; the main one by default.
+        token: The access token for the Hub; by default that of HF_TOKEN or `hf auth login`.
         save_options: For `save_pretrained`, e.g. `max_shard_size`.
 
     Raises:
@@ -171,30 +195,8 @@ def save_compressed(
             file.rename(staging / file.name)
         packed.rmdir()
     if push_to_hub is not None:
-        upload(directory, push_to_hub)
+        upload(directory, push_to_hub, private=private, revision=revision, token=token)
     return replace(result, directory=Path(directory))
-
-
-def upload(directory: str | Path, repository: str) -> None:
-    """Upload a compressed directory to the Hugging Face Hub, after checking that it is intact.
-
-    Args:
-        directory: Made by `compress` or `save_compressed`.
-        repository: The repository's id; created if it does not exist.
-    """
-    from huggingface_hub import HfApi
-
-    with ModelDirectory(directory) as model:
-        model.check()
-    api = HfApi()
-    repository = api.create_repo(repository, exist_ok=True).repo_id
-    # Dense weights of an earlier upload would be loaded in place of the compressed ones.
-    api.upload_folder(
-        repo_id=repository,
-        folder_path=str(directory),
-        delete_patterns=["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*"],
-        commit_message="Upload compressed model",
-    )
 
 
 def _new_directory(source: Path | None, destination: str | Path, force: bool) -> Any:
@@ -291,19 +293,24 @@ def _pack_file(file: TensorFile, writer: TensorWriter, bar: tqdm) -> int:
 
 def _decompress_file(model: ModelDirectory, file: TensorFile, path: Path) -> None:
     heads = [model.info(stored) for stored in file.tensors]
-    writer = TensorWriter(path, heads, json.loads(file.metadata[f"{_SOURCE}metadata"]), checksum=False)
+    writer = TensorWriter(path, heads, _source_metadata(file), checksum=False)
     try:
         for stored, info in zip(file.tensors, heads, strict=True):
             packed = memoryview(stored.read())
             start = unpack_head(packed, stored.where)[1]
-            jobs = (
-                (info, record, size)
-                for record, (_, size) in zip(records(info, packed, start), info.chunks, strict=True)
-            )
-            writer.add(info, (words.tobytes() for words in in_order(unpack_chunk, jobs)))
+            writer.add(info, (words.tobytes() for words in unpacked(info, packed, start)))
         writer.finish()
     finally:
         writer.close()
+
+
+def _source_metadata(file: TensorFile) -> dict[str, str]:
+    """Return the metadata that the file had before it was compressed."""
+    try:
+        return checked_metadata(json.loads(file.metadata[f"{_SOURCE}metadata"]))
+    except (KeyError, ValueError, RecursionError):
+        message = f"{file.path} is damaged: it does not say which metadata it had before. {REMEDY}"
+        raise CompressionError(message) from None
 
 
 def _as_bytes(info: TensorInfo, size: int) -> TensorInfo:

@@ -31,25 +31,30 @@ class DecayedOnDisk:
         """Compare the checkpoint's names with those of its model, through the conversions that Transformers has."""
         shapes = {stored.info.name: model.info(stored).shape for stored in model.stored}
         try:
-            skeleton = _skeleton(model)
-            homes = names_in_memory(skeleton, shapes)
-            names = set(decayed_parameters(skeleton))
+            named = skeleton(model)
+            homes = names_in_memory(named, shapes)
+            names = set(decayed_parameters(named))
             mixed = [name for name, params in homes.items() if names & set(params) and set(params) - names]
             if mixed:
                 raise UnknownNamesError(f"{mixed[0]} holds weights that decay and others that do not")
         except Exception as error:  # an unknown class, code of its own that is not run here, other names
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             return cls(None, set(shapes), set(), f"which weights decay is not known: {reason}")
-        conv1d = {f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
+        conv1d = {f"{name}.weight" for name, module in named.named_modules() if isinstance(module, Conv1D)}
         return cls(
             {name for name, params in homes.items() if names & set(params)},
             {name for name, params in homes.items() if params},
             {name for name, params in homes.items() if conv1d & set(params)},
-            f"decayed: what decays by default in {type(skeleton).__name__}",
+            f"decayed: what decays by default in {type(named).__name__}",
         )
 
 
-def _skeleton(model: ModelDirectory) -> nn.Module:
+def skeleton(model: ModelDirectory) -> nn.Module:
+    """Build the model that a checkpoint's config names, on the meta device; no code that comes with it is run.
+
+    Raises:
+        Exception: Any, if its class is not known here.
+    """
     if not model.config:
         raise ValueError("no config.json")
     verbosity = logging.get_verbosity()

@@ -7,7 +7,9 @@ resumes like one that was loaded from a standard checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,8 +19,15 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..resuming.weight_names import UnknownNamesError, names_in_memory
+from .decayed_on_disk import skeleton
 from .model_directory import QUANT_METHOD, ModelDirectory, check_version, unpack
 from .packing import FORMAT_VERSION, REMEDY, CompressionError
+
+_HOW_TO_FIT = (
+    "Load them with the config and the version of Transformers that they were saved with; or load the original with "
+    "Transformers, make it whole, save it with save_pretrained, and compress that"
+)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -51,9 +60,14 @@ class CompressedConfig(QuantizationConfigMixin):
 
 
 class Unpack(ConversionOps):
-    """Turn the packed tensors of one or more names into dense ones."""
+    """Turn the packed tensors of one or more names into dense ones.
 
-    def __init__(self) -> None:
+    Args:
+        on_unpacked: Called with the stored name of each, and Transformers' own set of what is missing yet.
+    """
+
+    def __init__(self, on_unpacked: Callable[[str, set[str]], None]) -> None:
+        self.on_unpacked = on_unpacked
         self.dtype: torch.dtype | None = None  # that asked for; see `CompressedQuantizer.get_new_dtype`
 
     def convert(
@@ -68,8 +82,14 @@ class Unpack(ConversionOps):
         """See `ConversionOps.convert`: unpack every tensor, in the dtype asked for, on the device it was on."""
         target = _target(model, full_layer_name)
         dtype = target.dtype if self.dtype is None and target is not None else self.dtype  # Transformers before 5.23
+
+        def unpacked(packed: Tensor) -> Tensor:
+            info, dense = unpack(packed.cpu().numpy().data, "a packed tensor")
+            self.on_unpacked(info.name, kwargs["missing_keys"])
+            return dense.to(device=packed.device, dtype=dtype)
+
         return {
-            name: [_unpack(packed, dtype) for packed in (tensors if isinstance(tensors, list) else [tensors])]
+            name: [unpacked(packed) for packed in (tensors if isinstance(tensors, list) else [tensors])]
             for name, tensors in input_dict.items()
         }
 
@@ -82,11 +102,6 @@ def _target(model: PreTrainedModel | None, name: str) -> Tensor | None:
     except AttributeError:
         return None
     return found if isinstance(found, Tensor) else None
-
-
-def _unpack(packed: Tensor, dtype: torch.dtype | None) -> Tensor:
-    _, dense = unpack(packed.cpu().numpy().data, "a packed tensor")
-    return dense.to(device=packed.device, dtype=dtype)
 
 
 class _UnpackOnly(Unpack):
@@ -107,12 +122,42 @@ class _UnpackOnly(Unpack):
         return {full_layer_name: tensors}
 
 
+def _check_whole(stored: ModelDirectory) -> None:
+    """Check that a directory has all weights of the class that its config names, where that is known.
+
+    Raises:
+        CompressionError: Names what it lacks.
+    """
+    try:
+        named = skeleton(stored)
+    except Exception:  # a class or code of its own
+        return
+    if getattr(named, "_keys_to_ignore_on_load_missing", None):  # which may be missing, and is then made anew
+        return
+    try:
+        names_in_memory(named, {tensor.info.name: stored.info(tensor).shape for tensor in stored.stored})
+    except UnknownNamesError as error:
+        message = f"{stored.path} does not hold the weights of a {type(named).__name__}, as its config says: {error}"
+        raise CompressionError(f"{message}. {_HOW_TO_FIT}") from None
+
+
 @register_quantizer(QUANT_METHOD)
 class CompressedQuantizer(HfQuantizer):
     """Check the files of a compressed model, and unpack them while Transformers loads it."""
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._directories: set[Path] = set()
+        self._stored: set[str] = set()  # names of tensors, of which so many are
+        self._unpacked: set[str] = set()
+        self._missing: set[str] | None = None  # Transformers' own, which shrinks while it loads
+        self._classes: list[str] = []  # those whose weights they are
+
+        def note(name: str, missing: set[str]) -> None:
+            self._unpacked.add(name)
+            self._missing = missing
+
+        self._note = note  # no method: conversions are copied deeply, and would copy what a method is bound to
         if not self.pre_quantized:
             raise CompressionError(
                 "a model is not compressed by loading it: use hf_padam.save_compressed, or `hf-padam compress`"
@@ -125,13 +170,16 @@ class CompressedQuantizer(HfQuantizer):
                 "a compressed model cannot be loaded in shards (distributed_config, tp_plan): make the standard "
                 "checkpoint with `hf-padam decompress` and load that"
             )
-        for directory in {Path(file).parent for file in kwargs.get("checkpoint_files") or ()}:
+        self._directories = {Path(file).parent for file in kwargs.get("checkpoint_files") or ()}
+        for directory in self._directories:
             with ModelDirectory(directory) as stored:
                 stored.check()
+                self._stored |= {tensor.info.name for tensor in stored.stored}
+                self._classes += stored.config.get("architectures") or ()
 
     def get_weight_conversions(self) -> list[Any]:
         """Unpack whatever no conversion of the model matches."""
-        rest = WeightConverter(r"^(.+)$", r"\1", operations=[_UnpackOnly()])
+        rest = WeightConverter(r"^(.+)$", r"\1", operations=[_UnpackOnly(self._note)])
         if hasattr(rest, "force_cpu"):  # packed tensors need not visit another device, and would fill it
             rest.force_cpu = True
         return [rest]
@@ -140,7 +188,7 @@ class CompressedQuantizer(HfQuantizer):
         """Unpack before every conversion of the model, too."""
         for conversion in weight_conversions:
             if isinstance(conversion, WeightConverter):
-                conversion.operations.insert(0, Unpack())
+                conversion.operations.insert(0, Unpack(self._note))
         return weight_conversions + self.get_weight_conversions()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -151,7 +199,8 @@ class CompressedQuantizer(HfQuantizer):
         return None
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        """Forget the unpacking: saving reverts the model's own conversions only."""
+        """Check that all was loaded, and forget the unpacking: saving reverts the model's own conversions only."""
+        self._check_names(model)
         own: Any = []
         for conversion in list(getattr(model, "_weight_conversions", None) or ()):
             operations = getattr(conversion, "operations", [])
@@ -162,6 +211,38 @@ class CompressedQuantizer(HfQuantizer):
                 own.append(conversion)
         model._weight_conversions = own
         return model
+
+    def _check_names(self, model: PreTrainedModel) -> None:
+        """Check that nothing is missing or left over.
+
+        A model of another class than the one that was compressed may lack a head, or have a new one: Transformers
+        reports what it has made of that, and the directory is checked to be whole.
+
+        Raises:
+            CompressionError: Names what is.
+        """
+        if type(model).__name__ not in self._classes:
+            for directory in self._directories:
+                with ModelDirectory(directory) as stored:
+                    _check_whole(stored)
+            return
+        state = model.state_dict(keep_vars=True)
+        missing = state.keys() if self._missing is None else self._missing
+        loaded = {id(tensor) for name, tensor in state.items() if name not in missing}  # under any of its tied names
+        differing: Any = SimpleNamespace(
+            missing_keys={name for name in missing if id(state.get(name)) not in loaded},
+            unexpected_keys=self._stored - self._unpacked,
+        )
+        model._adjust_missing_and_unexpected_keys(differing)  # takes out what the class says may differ
+        found = {"lacks": differing.missing_keys, "has, and the model has not,": differing.unexpected_keys}
+        lines = [
+            f"it {what} {', '.join(sorted(names)[:5])} ({len(names)} in all)" for what, names in found.items() if names
+        ]
+        if lines:
+            raise CompressionError(
+                f"the compressed weights are not those of a {type(model).__name__} of this config: "
+                f"{'; '.join(lines)}. {_HOW_TO_FIT}"
+            )
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Whether the model can be saved: as the dense one that it is."""

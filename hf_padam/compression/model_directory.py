@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -35,9 +35,6 @@ VERSION_KEY = "hf_padam_format"
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".distcp")
 """How files of weights end that are not read here."""
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_NOT_FETCHED = [f"*{suffix}" for suffix in OTHER_WEIGHTS]
-_NOT_FETCHED += ["*/*.safetensors", "consolidated*.safetensors", "model*.fp16*.safetensors", "*.msgpack.index.json"]
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
@@ -69,12 +66,13 @@ class ModelDirectory:
 
     Args:
         path: A directory with `model.safetensors`, or an index and its shards.
+        damaged: Takes the errors of weight files that cannot be opened, which are then left out.
 
     Raises:
         CompressionError: If there are no such files, or one is missing, truncated or cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, damaged: list[CompressionError] | None = None) -> None:
         self.path = Path(path)
         self.config_bytes = self._read(CONFIG)
         self.config: dict[str, Any] = self._parse(CONFIG, b"{}" if self.config_bytes is None else self.config_bytes)
@@ -82,35 +80,23 @@ class ModelDirectory:
         self.index: dict[str, Any] = self._parse(INDEX, b"{}" if self.index_bytes is None else self.index_bytes)
         self.files: list[TensorFile] = []
         try:
-            for name in self._file_names():
-                self.files.append(TensorFile(self.path / name))
-        except BaseException as error:
+            for name in self.file_names():
+                try:
+                    self.files.append(self._open(name))
+                except CompressionError as error:
+                    if damaged is None:
+                        raise
+                    damaged.append(error)
+        except BaseException:
             self.close()
-            if isinstance(error, FileNotFoundError):
-                message = f"{self.path / INDEX} names {error.filename}, which is missing. {REMEDY}"
-                raise CompressionError(message) from None
             raise
 
-    @classmethod
-    def find(cls, source: str | Path) -> ModelDirectory:
-        """Open a local directory, or a model on the Hugging Face Hub by its id.
-
-        Raises:
-            CompressionError: As for the class, and if it is neither.
-        """
-        if Path(source).is_dir():
-            return cls(source)
-        if Path(source).exists() or not _HUB_ID.fullmatch(str(source)):
-            raise CompressionError(f"{str(source)!r} is neither a directory nor a model's id on the Hub")
-        from huggingface_hub import snapshot_download
-
+    def _open(self, name: str) -> TensorFile:
         try:
-            return cls(snapshot_download(str(source), ignore_patterns=_NOT_FETCHED))
-        except (OSError, ValueError) as error:
-            if isinstance(error, CompressionError):
-                raise
-            message = f"{str(source)!r} is no directory here, and could not be had from the Hub: {error}"
-            raise CompressionError(message) from error
+            return TensorFile(self.path / name)
+        except FileNotFoundError:
+            message = f"{self.path / INDEX} names {self.path / name}, which is missing. {REMEDY}"
+            raise CompressionError(message) from None
 
     @cached_property
     def compressed(self) -> bool:
@@ -163,7 +149,7 @@ class ModelDirectory:
         if not self.compressed:
             return stored.info
         beginning = memoryview(stored.read(0, min(stored.info.nbytes, MAX_HEAD)))
-        return unpack_head(beginning, stored.where)[0]
+        return unpack_head(beginning, stored.where, stored.info.nbytes)[0]
 
     def reader(self, stored: StoredTensor) -> tuple[TensorInfo, Callable[[int, int], bytearray | memoryview]]:
         """Return what a tensor is when it is dense, and what reads its dense bytes: so many from a place on.
@@ -186,18 +172,26 @@ class ModelDirectory:
             CompressionError: Names the file, and the tensor, that has been altered.
         """
         for file in self.files:
-            if VERSION_KEY not in file.metadata:
-                raise CompressionError(
-                    f"{file.path} is damaged, or not compressed although {CONFIG} says so. {REMEDY}; of a model whose "
-                    f"weights are dense, delete quantization_config from {CONFIG}"
-                )
-            check_version(file.metadata[VERSION_KEY], str(file.path))
-            file.check_header()
-            for name, data in (CONFIG, self.config_bytes), (INDEX, self.index_bytes):
-                if data is not None or name == INDEX:  # weights may be loaded with a config from elsewhere
-                    self._check_companion(name, data or b"", file.metadata)
+            self.check_header(file)
+            self.check_companions(file)
             for stored in file.tensors:
-                self._check_tensor(stored)
+                self.check_tensor(stored)
+
+    def check_header(self, file: TensorFile) -> None:
+        """Do that part of `check` for the header of a file."""
+        if VERSION_KEY not in file.metadata:
+            raise CompressionError(
+                f"{file.path} is damaged, or not compressed although {CONFIG} says so. {REMEDY}; of a model whose "
+                f"weights are dense, delete quantization_config from {CONFIG}"
+            )
+        check_version(file.metadata[VERSION_KEY], str(file.path))
+        file.check_header()
+
+    def check_companions(self, file: TensorFile) -> None:
+        """Do that part of `check` for config.json and the index, of which each weight file has the checksums."""
+        for name, data in (CONFIG, self.config_bytes), (INDEX, self.index_bytes):
+            if data is not None or name == INDEX:  # weights may be loaded with a config from elsewhere
+                self._check_companion(name, data or b"", file.metadata)
 
     def _check_companion(self, name: str, data: bytes, metadata: dict[str, str]) -> None:
         if metadata.get(name) != checksum(data):
@@ -207,20 +201,33 @@ class ModelDirectory:
                 "config=... to from_pretrained), or change the original and compress it again"
             )
 
-    def _check_tensor(self, stored: StoredTensor) -> None:
+    def check_tensor(self, stored: StoredTensor, *, unpacking: bool = False) -> None:
+        """Do that part of `check` for a tensor.
+
+        Args:
+            stored: The tensor.
+            unpacking: Also unpack it, which checks what comes out against the checksums of that.
+        """
+        if stored.info.dtype != "U8" or len(stored.info.shape) != 1:
+            raise CompressionError(f"{stored.where} is not packed, although its file says so: it is damaged. {REMEDY}")
         packed = memoryview(stored.read())
         try:
             info, start = unpack_head(packed, stored.where)
             if info.name != stored.info.name:
                 raise CompressionError(f"{stored.where} holds {info.name}: the file is damaged. {REMEDY}")
-            for _ in records(info, packed, start):
+            for _ in unpacked(info, packed, start) if unpacking else records(info, packed, start):
                 pass
         except CompressionError as error:
             if str(stored.file.path) in str(error):
                 raise
             raise CompressionError(f"{stored.file.path}: {error}") from None
 
-    def _file_names(self) -> list[str]:
+    def file_names(self) -> list[str]:
+        """Return the names of the weight files, whether or not they are there.
+
+        Raises:
+            CompressionError: If nothing says what they are.
+        """
         if self.index:
             weight_map = self.index.get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
@@ -250,7 +257,7 @@ class ModelDirectory:
             parsed = json.loads(data)
             if isinstance(parsed, dict):
                 return parsed
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
         raise CompressionError(f"{self.path / name} is damaged: it does not hold a JSON object. {REMEDY}")
 
@@ -277,6 +284,24 @@ def torch_dtype(info: TensorInfo) -> torch.dtype:
     return _DTYPES[info.dtype]
 
 
+def unpacked(info: TensorInfo, packed: memoryview, start: int) -> Iterator[np.ndarray]:
+    """Unpack a tensor chunk by chunk, in as many threads as torch uses.
+
+    Args:
+        info: From `unpack_head`.
+        packed: The packed tensor.
+        start: The length of its head.
+
+    Yields:
+        The words of each chunk.
+
+    Raises:
+        CompressionError: If it is damaged.
+    """
+    jobs = ((info, record, size) for record, (_, size) in zip(records(info, packed, start), info.chunks, strict=True))
+    yield from in_order(unpack_chunk, jobs)
+
+
 def unpack(packed: memoryview, where: str) -> tuple[TensorInfo, Tensor]:
     """Unpack a tensor, with the memory of the dense one and a little more.
 
@@ -288,9 +313,9 @@ def unpack(packed: memoryview, where: str) -> tuple[TensorInfo, Tensor]:
         CompressionError: If it is damaged.
     """
     info, start = unpack_head(packed, where)
+    dtype = torch_dtype(info)
     data = torch.empty(info.nbytes, dtype=torch.uint8)
     dense = data.numpy()
-    jobs = ((info, record, size) for record, (_, size) in zip(records(info, packed, start), info.chunks, strict=True))
-    for words, (offset, size) in zip(in_order(unpack_chunk, jobs), info.chunks, strict=True):
+    for words, (offset, size) in zip(unpacked(info, packed, start), info.chunks, strict=True):
         dense[offset : offset + size].view(info.word)[:] = words
-    return info, data.view(torch_dtype(info)).reshape(info.shape)
+    return info, data.view(dtype).reshape(info.shape)

@@ -34,6 +34,7 @@ CHUNK = 1 << 17
 MAX_HEAD = 1 << 16
 """The most bytes that the head of a packed tensor has."""
 
+_MAX_DIMENSIONS, _TOO_LARGE = 64, 1 << 63  # torch's own limits
 _ZEROS, _DENSE, _MASK = range(3)
 _WORDS: dict[int, np.dtype] = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 _WORD_SIZES = {
@@ -72,17 +73,36 @@ class TensorInfo:
         """The number of elements: 1 for a tensor without dimensions."""
         return math.prod(self.shape)
 
-    @property
-    def plausible(self) -> bool:
-        """Whether the size is that of so many elements, as far as the dtype is known here."""
-        size = _SIZES.get(self.dtype)
-        return self.nbytes >= 0 and (size is None or self.nbytes == size * self.elements)
+    @classmethod
+    def checked(cls, name: Any, dtype: Any, shape: Any, nbytes: Any) -> TensorInfo:
+        """Take what a file says of a tensor, before any of it says how much memory to take.
+
+        Raises:
+            ValueError: If it is of another type, or the size is not that of so many elements. Of a dtype that is not
+                known here, an element may have as little as a bit.
+        """
+        if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(shape, list):
+            raise ValueError(f"what it says of {str(name)[:100]!r} is of the wrong kind")
+        name.encode()  # escapes of JSON can be what no text has
+        if len(shape) > _MAX_DIMENSIONS or any(
+            type(n) is not int or not 0 <= n < _TOO_LARGE for n in (nbytes, *shape)
+        ):
+            raise ValueError(f"the sizes that it says {name[:100]!r} has cannot be")
+        info, size = cls(name, dtype, tuple(shape), nbytes), _SIZES.get(dtype)
+        fits = info.elements <= 8 * nbytes if size is None else info.elements * size == nbytes
+        if not fits or math.prod(n or 1 for n in shape) >= _TOO_LARGE:  # which torch refuses, even if one is 0
+            raise ValueError(f"{name[:100]!r} does not have the bytes of so many elements")
+        return info
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
         """Offset and size of every chunk, in bytes of the dense tensor."""
         size = CHUNK * self.word.itemsize
         return [(offset, min(size, self.nbytes - offset)) for offset in range(0, self.nbytes, size)]
+
+    def min_packed_bytes(self) -> int:
+        """A lower bound of what the packed tensor takes besides its head: every chunk takes some, even of zeros."""
+        return -(-self.nbytes // (CHUNK * self.word.itemsize)) * (_RECORD.size + _CHECKSUM.size)
 
     def max_packed_bytes(self) -> int:
         """An upper bound of what the packed tensor takes, for headers that are written last."""
@@ -169,29 +189,35 @@ def chain(record: bytes | memoryview, previous: bytes | memoryview) -> bytes:
     return _CHECKSUM.pack(xxhash.xxh3_64_intdigest(record, seed=_CHECKSUM.unpack(previous)[0]))
 
 
-def unpack_head(packed: memoryview, where: str) -> tuple[TensorInfo, int]:
-    """Read the head of a packed tensor, and check it.
+def unpack_head(packed: memoryview, where: str, size: int | None = None) -> tuple[TensorInfo, int]:
+    """Read the head of a packed tensor, and check all of it: its numbers say how much memory will be taken.
 
     Args:
-        packed: The packed tensor, or as much of it as there is.
+        packed: The packed tensor, or its first `MAX_HEAD` bytes.
         where: Names the tensor in errors.
+        size: The bytes of the whole packed tensor, where `packed` is not that.
 
     Returns:
         What it says, and its length in bytes.
 
     Raises:
-        CompressionError: If it is damaged.
+        CompressionError: If it is damaged, or cannot be true of the packed tensor.
     """
     try:
         end = _HEAD.size + _HEAD.unpack_from(packed)[0]
+        start = end + _CHECKSUM.size
+        if start > MAX_HEAD:
+            raise ValueError("it is too long")
         head = bytes(packed[:end])
         if _CHECKSUM.unpack_from(packed, end)[0] != xxhash.xxh3_64_intdigest(head):
-            raise ValueError
+            raise ValueError("its checksum is wrong")
         fields: dict[str, Any] = json.loads(head[_HEAD.size :])
-        info = TensorInfo(fields["name"], fields["dtype"], tuple(fields["shape"]), fields["bytes"])
-    except (struct.error, ValueError, KeyError):
-        raise CompressionError(f"{where} is damaged: its head is not what was written. {REMEDY}") from None
-    return info, end + _CHECKSUM.size
+        info = TensorInfo.checked(fields["name"], fields["dtype"], fields["shape"], fields["bytes"])
+        if start + info.min_packed_bytes() > (len(packed) if size is None else size):
+            raise ValueError(f"the file has no room for {info.nbytes:,} bytes, however they are packed")
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CompressionError(f"{where} is damaged: its head is not what was written ({error}). {REMEDY}") from None
+    return info, start
 
 
 def records(info: TensorInfo, packed: memoryview, start: int) -> Iterator[memoryview]:

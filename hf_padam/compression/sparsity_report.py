@@ -1,7 +1,7 @@
 """The sparsity of a checkpoint, layer by layer, read from its files: the model is built without weights only.
 
 Each weight tensor is a row: its zeros, its near-zeros, and how many of its N:M blocks hold (2:4 by default: of four
-weights that follow one another along the input, two at least are zero), which is what sparse tensor cores need.
+weights that follow one another along the input, two at most are not zero), which is what sparse tensor cores need.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SparsityReport:
 
         Args:
             model: The checkpoint.
-            pattern: N and M: a block of M weights holds if N of them at least are zero.
+            pattern: N and M, as in `target_pattern`: a block of M weights holds if N of them at most are not zero.
             near_zero: The magnitude below which a weight that is not zero is near zero; None to count none.
 
         Raises:
@@ -220,5 +220,5 @@ def _count_part(
         else:
             positions = [zeros[i::m] if along_rows else zeros[:, i::m] for i in range(m)]
             total = sum(positions[1:], positions[0].clone())
-        blocks, holding = total.numel(), int(torch.count_nonzero(total >= n))
+        blocks, holding = total.numel(), int(torch.count_nonzero(total >= m - n))
     return count.zeros, count.near_zeros or 0, blocks, holding

@@ -126,12 +126,19 @@ def header(entries: object, data: bytes = b"") -> bytes:
         header({"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}, bytes(4)),
         header({"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 4]}}, bytes(4)),
         header({"a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 4]}}, bytes(4)),
+        header({"a": {"dtype": "U8", "shape": "", "data_offsets": [0, 1]}}, bytes(1)),
+        header({"a": {"dtype": "U8", "shape": [1], "data_offsets": [False, True]}}, bytes(1)),
+        header({"a": {"dtype": "U8", "shape": [1] * 65, "data_offsets": [0, 1]}}, bytes(1)),
+        header({"a": {"dtype": "U8", "shape": [1 << 62, 4, 0], "data_offsets": [0, 0]}}),
+        header({"a": {"dtype": "U8", "shape": [10**4000], "data_offsets": [0, 10**4000]}}),
+        header({"\ud800": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, bytes(1)),
+        header({"__metadata__": {"format": "\ud800"}}),
         header({"a": 3}),
         header(b"[" * 100_000),
         header(b"[]"),
         b"",
     ],
-    ids=range(12),
+    ids=range(19),
 )
 def test_a_header_that_cannot_be_right_is_one_clear_error(content, tmp_path):
     (tmp_path / "config.json").write_text("{}")
@@ -406,7 +413,7 @@ def test_save_compressed_uploads_what_it_has_written(tmp_path):
     with mock.patch("huggingface_hub.HfApi") as api:
         api.return_value.create_repo.return_value.repo_id = "me/sparse"
         result = save_compressed(prune(tiny_llama()), tmp_path / "out", push_to_hub="sparse", max_shard_size="30KB")
-    api.return_value.create_repo.assert_called_once_with("sparse", exist_ok=True)
+    api.return_value.create_repo.assert_called_once_with("sparse", private=True, exist_ok=True)
     assert api.return_value.upload_folder.call_args.kwargs["folder_path"] == str(tmp_path / "out")
     deleted = api.return_value.upload_folder.call_args.kwargs["delete_patterns"]
     assert list(filter_repo_objects(["model.safetensors", "config.json"], allow_patterns=deleted)) == [

@@ -51,7 +51,7 @@ def report_of(path, capsys, *options):
 def blocks_that_hold(matrix, n, m):
     """Along the input: Linear's weight has it last, Conv1D's first."""
     holding = [
-        sum(value == 0 for value in row[start : start + m]) >= n for row in matrix for start in range(0, len(row), m)
+        sum(value != 0 for value in row[start : start + m]) <= n for row in matrix for start in range(0, len(row), m)
     ]
     return sum(holding) / len(holding)
 
@@ -79,6 +79,20 @@ def test_every_figure_is_that_of_the_files(checkpoint, compressed, pattern, tmp_
     assert report["sparsity"] == pytest.approx(zeros / sum(tensor.size for tensor in decayed))
     everything = sum(int((tensor == 0).sum()) for tensor in tensors.values())
     assert report["sparsity_total"] == pytest.approx(everything / sum(tensor.size for tensor in tensors.values()))
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "3:4", "5:8"])
+def test_blocks_hold_under_the_pattern_that_made_them_and_under_no_stricter_one(pattern, tmp_path, capsys):
+    """N is how many of M weights stay, as in target_pattern."""
+    n, m = map(int, pattern.split(":"))
+    model = tiny_llama()
+    with torch.no_grad():
+        for param in (param for param in model.parameters() if param.dim() > 1):
+            param.view(-1, m)[:, n:] = 0
+    model.save_pretrained(tmp_path)
+    for asked, share in (pattern, 1.0), (f"{n - 1}:{m}", 0.0), (f"{n + 1}:{m}", 1.0):
+        if 0 < int(asked.split(":")[0]) < m:
+            assert report_of(tmp_path, capsys, "--pattern", asked)[f"{asked}_blocks"] == share
 
 
 def test_names_without_the_model_prefix_are_recognised(tmp_path, capsys):
