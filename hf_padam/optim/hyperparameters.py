@@ -51,6 +51,11 @@ def named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     return list(zip(names, group["params"], strict=True))
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, NumPy's scalars included; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_hyperparameters(values: dict[str, Any]) -> None:
     """Check that each hyperparameter is a number in its range.
 
@@ -74,7 +79,7 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
     ):
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= float(value) < high:
+        if not is_number(value) or not low <= float(value) < high:
             raise ValueError(f"{name}={value!r} is not allowed: it must be {what}")
     kinds: tuple[tuple[str, type, str], ...] = (
         ("bf16_stochastic_round", bool, "True or False"),
