@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import blocks, tiny_gpt2, tiny_llama
 from processes import job
 from test_trainer import options
@@ -28,6 +29,7 @@ from transformers import (
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments, sequence_nll
 from hf_padam.training import metrics
+from hf_padam.training.perplexity import PerplexityMeter
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 
@@ -232,6 +234,25 @@ def test_weights_that_are_not_numbers_have_no_finite_perplexity(tmp_path):
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
     assert math.isnan(evaluate(model, tmp_path, rows()).evaluate()["eval_perplexity"])
+
+
+@pytest.mark.parametrize("kind", ["as reported", "by its own loss", "of another kind", "without scores"])
+def test_the_default_device_need_not_be_the_models(kind):
+    """The meta device stands for another GPU: whatever is created there by mistake has no values."""
+    logits, labels = torch.linspace(-1, 1, 60).view(2, 5, 6), torch.arange(10).view(2, 5) % 6
+    nll, counts = sequence_nll(logits, labels)
+    mean = nll.sum() / counts.sum()
+    meter = PerplexityMeter(Accelerator(cpu=True))
+    torch.set_default_device("meta")
+    try:
+        loss = mean if kind == "as reported" else None
+        scores = None if kind == "without scores" else logits
+        meter.add(loss, scores, labels, own_loss=lambda: mean if kind == "by its own loss" else None)
+        result = meter.result()
+    finally:
+        torch.set_default_device(None)
+    known = kind in ("as reported", "by its own loss")
+    assert result == (pytest.approx(mean.exp().item()) if known else None) and bool(meter.reason) is not known
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
