@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..sparsity import count_zeros
@@ -49,6 +50,11 @@ def named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     """Return the parameters of a group with their names, or their numbers."""
     names = group.get("param_names") or [f"number {i} of its group" for i in range(len(group["params"]))]
     return list(zip(names, group["params"], strict=True))
+
+
+def can_step(dtype: torch.dtype) -> bool:
+    """Whether a step can change tensors of this dtype: real floating-point ones, but for those of 8 bits or fewer."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def is_number(value: Any) -> bool:

@@ -22,6 +22,7 @@ from .hyperparameters import (
     DEFAULT_P_NORM,
     HYPERPARAMETERS,
     VARIANTS,
+    can_step,
     check_hyperparameters,
     check_not_all_zeros,
     named,
@@ -163,10 +164,10 @@ class PAdam(Optimizer):
         check_hyperparameters(group)
         self.keeps_s(group)
         for name, param in named(group):
-            if not param.is_floating_point():
+            if not can_step(param.dtype):
                 raise ValueError(
-                    f"parameter {name} has dtype {param.dtype}; PAdam updates real floating-point tensors only: "
-                    "view complex parameters as real ones with torch.view_as_real, leave others out"
+                    f"parameter {name} has dtype {param.dtype}; PAdam updates real floating-point tensors of 16 bits "
+                    "or more only: view complex parameters as real ones with torch.view_as_real, leave others out"
                 )
             backends.check(self.backend, param.device)
 
