@@ -98,7 +98,7 @@ class TargetSparsity:
     Args:
         optimizer: A `PAdam`.
         target: Share of exact zeros, in (0, 1), among the weights of the steered groups; None for the groups' own:
-            those with one are steered, and those of one `target_pool` together.
+            those with one are steered, and those of one share and `target_pool` together.
         total_steps: Optimizer steps that the whole training takes.
         start: Share of the steps at which the ramp begins.
         end: Share of the steps at which it has arrived, and the survivors' recovery begins. The same as `start`: all
@@ -254,8 +254,10 @@ class TargetSparsity:
     def _pools(self) -> list[list[dict[str, Any]]]:
         pools: dict[Any, list[dict[str, Any]]] = {}
         for number, group in enumerate(self._groups()):
-            own = number if self.per_group else ""
-            pools.setdefault(own if self._given is not None else group.get("target_pool", own), []).append(group)
+            own: Any = number if self.per_group else ""
+            if self._given is None:
+                own = group.get("target_pool", own), group["target_sparsity"]
+            pools.setdefault(own, []).append(group)
         return list(pools.values())
 
     @torch.no_grad()

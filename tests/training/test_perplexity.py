@@ -16,7 +16,10 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForTokenClassification,
+    CLIPConfig,
+    CLIPModel,
     MambaConfig,
     MambaForCausalLM,
     MixtralConfig,
@@ -176,6 +179,25 @@ def test_no_perplexity_where_the_models_loss_is_another_and_it_is_said_once(tmp_
         metrics = trainer.evaluate()
         assert "eval_loss" in metrics and "eval_perplexity" not in metrics
     assert caplog.text.count("No eval_perplexity is reported: the model's own loss of the first batch") == 1
+
+
+def answers():
+    model = BertForQuestionAnswering(BertConfig(vocab_size=97, **SMALL))
+    return model, [{"input_ids": row["input_ids"], "start_positions": 1, "end_positions": 3} for row in blocks(4, 16)]
+
+
+def pictures_and_texts():
+    shape = SMALL | dict(max_position_embeddings=16, eos_token_id=1)
+    model = CLIPModel(CLIPConfig(text_config=shape, vision_config=SMALL | dict(image_size=8, patch_size=4)))
+    return model, [{"input_ids": row["input_ids"], "pixel_values": [[[0.5] * 8] * 8] * 3} for row in blocks(4, 16)]
+
+
+@pytest.mark.parametrize("kind", [answers, pictures_and_texts])
+def test_no_perplexity_where_nothing_is_called_labels(tmp_path, caplog, kind):
+    model, data = kind()
+    metrics = evaluate(model, tmp_path, data).evaluate()
+    assert "eval_perplexity" not in metrics and "eval_sparsity" in metrics
+    assert caplog.text.count("No eval_perplexity is reported: the evaluation data have no column of labels") == 1
 
 
 def test_a_loss_of_the_trainers_does_not_hide_the_models_own(tmp_path):
