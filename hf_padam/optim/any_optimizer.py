@@ -18,7 +18,14 @@ from torch.optim import Optimizer
 
 from ..sparsity import local_tensor
 from .exemptions import exempt, warn_of_vectors
-from .hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, check_hyperparameters, check_not_all_zeros, named
+from .hyperparameters import (
+    DEFAULT_LAMBDA_P,
+    DEFAULT_P_NORM,
+    can_step,
+    check_hyperparameters,
+    check_not_all_zeros,
+    named,
+)
 from .importance import SCALE, update_scale
 from .padam import PAdam, unwrap
 from .update import FLUSH_THRESHOLD, Form, Scalars, inverse_factor, prepare
@@ -272,10 +279,10 @@ def _check_group(group: dict[str, Any], kind: str, names: dict[int, str]) -> Non
     decays: list[tuple[str, Tensor]] = []
     for own_name, param in named(group):
         name = names.get(id(param)) or own_name
-        if not param.is_floating_point():
+        if not can_step(param.dtype):
             raise ValueError(
-                f"parameter {name} has dtype {param.dtype}; a p-norm decay is for real floating-point tensors only: "
-                "leave it out of params"
+                f"parameter {name} has dtype {param.dtype}; a p-norm decay is for real floating-point tensors of 16 "
+                "bits or more only: leave it out of params"
             )
         if group["p_norm"] < 2 and param.requires_grad:
             decays.append((name, param))

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .hyperparameters import is_number
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,7 +23,7 @@ def exempt(groups: list[dict[str, Any]], weight_decay: float) -> list[bool]:
         weight_decay: What counts where a group does not give it.
     """
     given = [group.get("weight_decay", weight_decay) for group in groups]
-    numbers = [value if isinstance(value, int | float | Tensor) else 0 for value in given]  # checked elsewhere
+    numbers = [value if isinstance(value, Tensor) or is_number(value) else 0 for value in given]  # checked elsewhere
     some = any(number > 0 for number in numbers)
     return [some and value == 0 and "lambda_p" not in group for group, value in zip(groups, given, strict=True)]
 

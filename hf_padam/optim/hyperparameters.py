@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..sparsity import count_zeros
@@ -51,6 +52,16 @@ def named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     return list(zip(names, group["params"], strict=True))
 
 
+def can_step(dtype: torch.dtype) -> bool:
+    """Whether a step can change tensors of this dtype: real floating-point ones, but for those of 8 bits or fewer."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, NumPy's scalars included; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_hyperparameters(values: dict[str, Any]) -> None:
     """Check that each hyperparameter is a number in its range.
 
@@ -74,7 +85,7 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
     ):
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= float(value) < high:
+        if not is_number(value) or not low <= float(value) < high:
             raise ValueError(f"{name}={value!r} is not allowed: it must be {what}")
     kinds: tuple[tuple[str, type, str], ...] = (
         ("bf16_stochastic_round", bool, "True or False"),

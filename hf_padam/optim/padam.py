@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 
 from ..sparsity import local_tensor
 from . import backends
-from .exemptions import warn_of_vectors, with_exemptions
+from .exemptions import exempt, warn_of_vectors, with_exemptions
 from .hyperparameters import (
     DEFAULT_LAMBDA_P,
     DEFAULT_P_NORM,
     HYPERPARAMETERS,
     VARIANTS,
+    can_step,
     check_hyperparameters,
     check_not_all_zeros,
     named,
@@ -141,16 +142,19 @@ class PAdam(Optimizer):
                 group.setdefault(name, self.defaults[name])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking its hyperparameters and tensors.
+        """Add a group after checking its hyperparameters and tensors; one may be exempt as in the constructor.
 
         Raises:
             ValueError: As the constructor does.
             RuntimeError: If the backend cannot run where the tensors are.
         """
+        built = getattr(self, "_built", False)
+        if built and exempt([*self.param_groups, param_group], self.defaults["weight_decay"])[-1]:
+            param_group = param_group | {"lambda_p": 0.0}
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-            if getattr(self, "_built", False):
+            if built:
                 self.check_zero_start(self.param_groups[-1:])
         except (ValueError, RuntimeError):
             del self.param_groups[-1]
@@ -160,10 +164,10 @@ class PAdam(Optimizer):
         check_hyperparameters(group)
         self.keeps_s(group)
         for name, param in named(group):
-            if not param.is_floating_point():
+            if not can_step(param.dtype):
                 raise ValueError(
-                    f"parameter {name} has dtype {param.dtype}; PAdam updates real floating-point tensors only: "
-                    "view complex parameters as real ones with torch.view_as_real, leave others out"
+                    f"parameter {name} has dtype {param.dtype}; PAdam updates real floating-point tensors of 16 bits "
+                    "or more only: view complex parameters as real ones with torch.view_as_real, leave others out"
                 )
             backends.check(self.backend, param.device)
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
-from .hyperparameters import check_not_all_zeros, named
+from .hyperparameters import check_not_all_zeros, is_number, named
 
 SHAPES = ("constant", "linear", "cosine")
 DEFAULT_START, DEFAULT_SHARE = 2.0, 0.5
@@ -40,7 +41,7 @@ def check_schedule(start: float, share: float, shape: str) -> None:
             "above 0, at most 1: a share of the training steps",
         ),
     ):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+        if not is_number(value) or not low < value < high:
             raise ValueError(f"{name}={value!r} is not allowed: it must be {what}")
 
 
@@ -60,6 +61,7 @@ def p_norm_at(
         ValueError: If `start`, `share` or `shape` is not allowed.
     """
     check_schedule(start, share, shape)
+    start, share, final = float(start), float(share), float(final)  # not NumPy's, in its precision
     x = progress / share
     if shape == "constant" or x >= 1:
         return final
@@ -130,7 +132,7 @@ class PNormScheduler:
     ) -> None:
         """Set p for the first step."""
         check_schedule(start, share, shape)
-        if not isinstance(total_steps, int) or total_steps < 1:
+        if not isinstance(total_steps, Integral) or total_steps < 1:
             raise ValueError(f"total_steps={total_steps!r} is not allowed: it must be an integer of at least 1")
         self.optimizer, self._settings = optimizer, (total_steps, start, share, shape)
         self.last_step = 0

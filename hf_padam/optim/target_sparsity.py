@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sparsity import TensorCount, count_zeros
+from .hyperparameters import is_number
 from .importance import REFERENCE, SCALE, fisher_scale, measure
 from .padam import PAdam, unwrap
 from .patterns import PATTERN, check_blocks, missing_in_blocks, zero_in_blocks_
@@ -95,7 +96,7 @@ class TargetSparsity:
     Args:
         optimizer: A `PAdam`.
         target: Share of exact zeros, in (0, 1), among the weights of the steered groups; None for the groups' own:
-            those with one are steered, and those of one `target_pool` together.
+            those with one are steered, and those of one share and `target_pool` together.
         total_steps: Optimizer steps that the whole training takes.
         start: Share of the steps at which the ramp begins.
         end: Share of the steps at which it has arrived, and the survivors' recovery begins. The same as `start`: all
@@ -122,6 +123,7 @@ class TargetSparsity:
             raise ValueError(f"total_steps={total_steps!r} is not allowed: it must be at least 1")
         self._given, self.per_group = target, per_group
         self.at_once = start == end
+        total_steps, start, end = int(total_steps), float(start), float(end)  # not NumPy's, in its precision
         self.first = min(math.floor(start * total_steps), total_steps - 1)
         self.last = max(self.first + 1, round(end * total_steps))  # the ramp arrives after this many steps
         self.optimizer = unwrap(optimizer)
@@ -138,9 +140,13 @@ class TargetSparsity:
             )
         for group in steered:
             check_plan(self._target(group), start, end)
+            if target is None:
+                group["target_sparsity"] = float(group["target_sparsity"])
             check_steerable(group)
             if self._blocks(group):
                 check_blocks(group)
+        if target is not None:
+            self._given = float(target)
         if any(group["importance"] == "fisher" for group in steered):  # nothing is known of weights before
             self.first = min(max(self.first, YOUNG_STEPS), total_steps - 1)
             self.last = max(self.first + 1, self.last)
@@ -247,8 +253,10 @@ class TargetSparsity:
     def _pools(self) -> list[list[dict[str, Any]]]:
         pools: dict[Any, list[dict[str, Any]]] = {}
         for number, group in enumerate(self._groups()):
-            own = number if self.per_group else ""
-            pools.setdefault(own if self._given is not None else group.get("target_pool", own), []).append(group)
+            own: Any = number if self.per_group else ""
+            if self._given is None:
+                own = group.get("target_pool", own), group["target_sparsity"]
+            pools.setdefault(own, []).append(group)
         return list(pools.values())
 
     @torch.no_grad()
@@ -393,7 +401,7 @@ def check_plan(target: float, start: float, end: float) -> None:
     Raises:
         ValueError: Naming the one that is out of range.
     """
-    if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < 1:
+    if not is_number(target) or not 0 < target < 1:
         raise ValueError(
             f"target_sparsity={target!r} is not allowed: it must be a share of zeros, above 0 and below 1"
         )

@@ -34,6 +34,7 @@ class DistillingTrainer(ResumableTrainer):
         super().__init__(*args, **kwargs)
         self._given_teacher: tuple[Any, Any] | None = (teacher, None) if isinstance(teacher, nn.Module) else teacher
         self._distillation: Distillation | None = None
+        self._found: tuple[str, str] | None = None  # by what name and in which dtype its teacher was found
         self._resumed_from: tuple[str, dict[str, Any]] | None = None  # the checkpoint and its settings
         name = options_of(self.args).distill_from
         if teacher is not None and name in (None, START):
@@ -79,9 +80,12 @@ class DistillingTrainer(ResumableTrainer):
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Find the teacher: called once the model is made, before a checkpoint is loaded into it."""
-        super()._hp_search_setup(trial)
+        super()._hp_search_setup(trial)  # which may have changed the arguments
         if self._distills:
+            self._check_distills()
             self._find_teacher()
+        else:
+            self._distillation = None
 
     def _find_teacher(self) -> None:
         args: Any = self.args
@@ -89,19 +93,19 @@ class DistillingTrainer(ResumableTrainer):
         tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)  # that of a processor
         options: dict[str, Any] = dict(device=args.device, autocast=self.accelerator.autocast)
         options |= {"dtype": args.distill_dtype}
-        if args.distill_from == START:
-            if self._distillation is None or self._resumed_from is None:  # else the model has been trained since
-                teacher = Teacher.copied(self.model, tokenizer, **options)
-            else:
-                teacher = self._distillation.teacher
-        elif self._distillation is not None:
-            teacher = self._distillation.teacher
+        found = args.distill_from, args.distill_dtype
+        earlier = self._distillation if self._found == found else None
+        if earlier is not None and (args.distill_from != START or self._resumed_from is not None):
+            teacher = earlier.teacher  # the model as it was at the start has been trained since
+        elif args.distill_from == START:
+            teacher = Teacher.copied(self.model, tokenizer, **options)
         elif self._given_teacher is not None:
             teacher = Teacher(*self._given_teacher, name=args.distill_from, **options)
         else:
             with args.main_process_first(desc="fetching the teacher"):
                 teacher = Teacher.load(args.distill_from, causal=shifts_labels(self.model), **options)
         check_vocabularies(teacher.name, (self.model, tokenizer), (teacher.model, teacher.tokenizer))
+        self._found = found
         self._distillation = Distillation(teacher, args.distill_weight, args.distill_temperature)
         if self._resumed_from is not None:
             check_teacher(*self._resumed_from, self._settings())

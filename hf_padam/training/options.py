@@ -8,11 +8,10 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any, get_args, get_type_hints
 
 from ..optim.backends import CHOICES
-from ..optim.hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM
+from ..optim.hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, is_number
 from ..optim.patterns import pattern_share
 from ..optim.schedules import DEFAULT_SHARE, SHAPES
 from ..optim.schedules import DEFAULT_START as SCHEDULE_START
@@ -141,18 +140,14 @@ OPTIONS = {name: option for name, option in FIELDS.items() if name not in _OTHER
 _PATTERN: Any = "N:M"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda value: isinstance(value, bool)),
-    float: ("a number", _is_number),
+    float: ("a number", is_number),
     str: ("a regular expression", lambda value: isinstance(value, str)),
     list[str]: ("a list of names", lambda value: isinstance(value, list) and all(isinstance(e, str) for e in value)),
     dict[str, float]: (
         "a mapping from modules to numbers",
-        lambda value: isinstance(value, dict) and all(isinstance(k, str) and _is_number(value[k]) for k in value),
+        lambda value: isinstance(value, dict) and all(isinstance(k, str) and is_number(value[k]) for k in value),
     ),
     _PATTERN: (
         "a pattern such as 2:4 (in quotes in a YAML file)",
@@ -205,6 +200,8 @@ def read(name: str, value: Any) -> Any:
     fits = value in choices if choices else any(_KINDS[t][1](value) for t in types if t in _KINDS)
     if not (absent or fits):
         raise ValueError(f"{name}={text!r} must be {_accepted(name)}")
+    if is_number(value) and type(value) not in (int, float):
+        return float(value)  # not NumPy's: it could not be written as JSON
     return value
 
 

@@ -67,7 +67,7 @@ class PerplexityMeter:
         candidates = [self.aligned] if self.aligned else [unshifted] if shifted else [following, unshifted]
         scores = _scores(outputs, labels)
         if scores is None:
-            nll, counts = torch.full((2, 1, len(candidates)), math.nan)
+            nll, counts = self._sums.new_full((2, 1, len(candidates)), math.nan)
         else:
             padded = nn.functional.pad(labels, (scores.shape[1] - labels.shape[1], 0), value=IGNORED)
             targets = torch.stack([aligned(padded) for aligned in candidates], dim=-1)
@@ -115,7 +115,7 @@ class PerplexityMeter:
         total = sums.sum(0) / tokens.sum(0)
         for ask in (lambda: loss, own_loss):
             value = ask()
-            value = torch.tensor(math.nan) if value is None else value.detach().mean()
+            value = self._sums.new_tensor(math.nan) if value is None else value.detach().mean()
             losses = self._gather(value[None])  # (processes, 1)
             # Each process's mean; or shares of the mean over all, as the Trainer has it.
             misses = torch.where(tokens > 0, (losses - sums / tokens).abs(), 0.0).amax(0)

@@ -158,6 +158,8 @@ class PAdamTrainer(DistillingTrainer):
         """Evaluate one batch, and add it to the perplexity."""
         meter, labels = self._meter, inputs.get("labels")
         rows = rows_that_count(inputs, labels, self.accelerator)
+        if meter is not None and labels is None:
+            meter.reason = "the evaluation data have no column of labels"
         if meter is None or labels is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         shifted = inputs.get("shift_labels")

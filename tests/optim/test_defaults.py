@@ -6,7 +6,7 @@ import torch
 from test_update import CPU_BACKENDS
 from torch import nn
 
-from hf_padam import PAdam, PAdam8bit, TargetSparsity, add_pnorm_decay
+from hf_padam import PAdam, PAdam8bit, PNormScheduler, TargetSparsity, add_pnorm_decay
 from hf_padam.optim.backends.fast_power import split_exponent
 
 
@@ -26,6 +26,8 @@ def adam_with_decay(params, **options):
     add_pnorm_decay(optimizer, **options)
     return optimizer
 
+
+KINDS = [np.float64, np.float32, np.float16]
 
 OPTIMIZERS = {backend: (PAdam, {"backend": backend}) for backend in CPU_BACKENDS} | {
     "s": (PAdam, {"s_rate": 0.3}),
@@ -70,7 +72,7 @@ def test_the_default_dtype_changes_nothing(optimizer_class, options):
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_hyperparameters_may_be_scalars_of_numpy_and_count_as_what_they_are(kind, backend):
     options = dict(lr=1e-2, p_norm=0.75, lambda_p=0.1, weight_decay=0.3, betas=(0.9, 0.999), eps=1e-4)
@@ -99,6 +101,73 @@ def test_a_schedule_may_compute_with_numpy():
         optimizer.step()
         schedule.step()
     assert weight.isfinite().all()
+
+
+def two_groups(number):
+    matrix, vector = nn.Parameter(torch.linspace(-1, 1, 100).reshape(10, 10)), nn.Parameter(torch.ones(10))
+    groups = [{"params": [matrix], "weight_decay": number(0.5)}, {"params": [vector], "weight_decay": number(0)}]
+    return PAdam(groups, lr=1e-2, lambda_p=0.1), None
+
+
+def scheduled(number):
+    optimizer, _ = two_groups(float)
+    return optimizer, PNormScheduler(optimizer, np.int64(12), start=number(2), share=number(0.75))
+
+
+def steered_together(number):
+    optimizer, _ = two_groups(float)
+    return optimizer, TargetSparsity(optimizer, number(0.625), np.int64(12), start=number(0.25), end=number(0.75))
+
+
+def steered_by_groups(number):
+    optimizer, _ = two_groups(float)
+    optimizer.param_groups[0]["target_sparsity"] = number(0.625)
+    return optimizer, TargetSparsity(optimizer, None, 12)
+
+
+@pytest.mark.parametrize("build", [scheduled, steered_together, steered_by_groups])
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_numpy_do_what_floats_do_and_leave_no_trace_in_checkpoints(build, kind, tmp_path):
+    states = []
+    for number in (kind, float):
+        optimizer, helper = build(number)
+        for step in range(12):
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = torch.cos(param.detach() + step)
+            optimizer.step()
+            if isinstance(helper, PNormScheduler):
+                helper.step()
+        torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+        states.append(torch.load(tmp_path / "state.pt", weights_only=True))  # which takes Python's numbers only
+    groups = [[{k: v for k, v in g.items() if v == v} for g in state["param_groups"]] for state in states]
+    assert groups[0] == groups[1]
+    moments = [[t for s in state["state"].values() for t in s.values()] for state in states]
+    assert all(map(torch.equal, *moments))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, np.int64])
+def test_a_group_is_exempt_by_a_zero_of_numpy_beside_a_number_of_numpy(kind):
+    numbers = iter([kind(1), kind(0)])
+    optimizer, _ = two_groups(lambda _: next(numbers))
+    assert [group["lambda_p"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("number", [np.float32("nan"), np.float64(0), np.int64(1), np.bool_(True), True, "0.5"])
+def test_what_is_no_target_is_refused_whoever_makes_it(number):
+    with pytest.raises(ValueError, match="target_sparsity=.* is not allowed"):
+        TargetSparsity(two_groups(float)[0], number, 12)
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [({"start": np.float32("inf")}, "p_norm_start"), ({"start": np.bool_(True)}, "p_norm_start")]
+    + [({"share": np.int64(0)}, "p_norm_schedule_share"), ({"total_steps": np.float64(12)}, "total_steps")],
+    ids=str,
+)
+def test_what_is_no_schedule_is_refused_whoever_makes_it(option, name):
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed"):
+        PNormScheduler(two_groups(float)[0], **{"total_steps": 12} | option)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,13 @@ def test_a_default_weight_decay_counts():
     assert [g["lambda_p"] for g in PAdam(groups, weight_decay=0.1, lambda_p=0.3).param_groups] == [0.3, 0.0]
 
 
+@pytest.mark.parametrize(("more", "lambda_p"), [({}, 0.0), ({"weight_decay": 0.1}, 0.3), ({"lambda_p": 0.2}, 0.2)])
+def test_a_group_that_is_added_later_is_spared_alike(more, lambda_p):
+    optimizer = PAdam(two_groups()[:1], lambda_p=0.3)
+    optimizer.add_param_group({"params": nn.Parameter(torch.ones(4, 4)), "weight_decay": 0.0} | more)
+    assert [group["lambda_p"] for group in optimizer.param_groups] == [0.3, lambda_p]
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_where_no_group_is_exempt_all_decay_and_vectors_are_warned_of(weight_decay, caplog):
     groups = [group | {"weight_decay": weight_decay} for group in two_groups()]

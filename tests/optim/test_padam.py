@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_padam import PAdam
+from hf_padam import PAdam, add_pnorm_decay
 
 OPTIONS = dict(lr=1e-2, p_norm=0.8, lambda_p=0.05)
 
@@ -272,9 +272,13 @@ def test_sparse_gradients_are_refused_before_anything_changes():
     assert torch.equal(other, torch.ones(3)) and len(optimizer.state) == 0
 
 
-def test_complex_parameters_are_refused():
-    with pytest.raises(ValueError, match="view_as_real"):
-        PAdam([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2fnuz], ids=str)
+def test_dtypes_that_no_step_can_change_are_refused_when_they_are_given(dtype):
+    weight = nn.Parameter(torch.ones(2).to(dtype))
+    with pytest.raises(ValueError, match=f"{dtype}.*leave others out"):
+        PAdam([weight])
+    with pytest.raises(ValueError, match=f"{dtype}.*leave it out of params"):
+        add_pnorm_decay(torch.optim.Adam([weight]))
 
 
 def test_a_tensor_that_starts_at_zero_is_refused_by_name():

@@ -235,6 +235,26 @@ def test_a_run_that_goes_on_has_the_teacher_that_it_began_with(tmp_path, made):
     assert equal(weights(whole), weights(resumed))
 
 
+@pytest.mark.parametrize(
+    "searched",
+    [{"distill_from": "other"}, {"distill_from": "start"}, {"distill_from": None}, {"distill_dtype": "bfloat16"},
+     {"distill_weight": 1.0}, {"distill_temperature": 3.0}],
+    ids=str,
+)  # fmt: skip
+def test_what_changes_between_trainings_as_in_a_search_acts_as_if_it_had_been_given(tmp_path, searched):
+    for name, teacher in {"teacher": other_llama(), "other": tiny_llama()}.items():
+        teacher.save_pretrained(tmp_path / name)
+    options = {"distill_from": str(tmp_path / "teacher"), "max_steps": 2}
+    changes = {key: str(tmp_path / value) if value == "other" else value for key, value in searched.items()}
+    trainer = train(lambda: tiny_llama(), tmp_path / "run", **options)
+    before = weights(trainer)
+    for name, value in changes.items():
+        setattr(trainer.args, name, value)
+    trainer.train()
+    given = train(lambda: tiny_llama(), tmp_path / "run", **options | changes)
+    assert equal(weights(trainer), weights(given)) and not equal(weights(trainer), before)
+
+
 def test_a_checkpoint_of_another_teacher_is_refused(tmp_path):
     options = dict(save_strategy="steps", save_steps=2)
     trained = train(tiny_llama(), tmp_path, distill_from="start", **options).model

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import blocks, tiny_gpt2, tiny_llama
 from processes import job
 from test_trainer import options
@@ -15,7 +16,10 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForTokenClassification,
+    CLIPConfig,
+    CLIPModel,
     MambaConfig,
     MambaForCausalLM,
     MixtralConfig,
@@ -28,6 +32,7 @@ from transformers import (
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments, sequence_nll
 from hf_padam.training import metrics
+from hf_padam.training.perplexity import PerplexityMeter
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 
@@ -176,6 +181,25 @@ def test_no_perplexity_where_the_models_loss_is_another_and_it_is_said_once(tmp_
     assert caplog.text.count("No eval_perplexity is reported: the model's own loss of the first batch") == 1
 
 
+def answers():
+    model = BertForQuestionAnswering(BertConfig(vocab_size=97, **SMALL))
+    return model, [{"input_ids": row["input_ids"], "start_positions": 1, "end_positions": 3} for row in blocks(4, 16)]
+
+
+def pictures_and_texts():
+    shape = SMALL | dict(max_position_embeddings=16, eos_token_id=1)
+    model = CLIPModel(CLIPConfig(text_config=shape, vision_config=SMALL | dict(image_size=8, patch_size=4)))
+    return model, [{"input_ids": row["input_ids"], "pixel_values": [[[0.5] * 8] * 8] * 3} for row in blocks(4, 16)]
+
+
+@pytest.mark.parametrize("kind", [answers, pictures_and_texts])
+def test_no_perplexity_where_nothing_is_called_labels(tmp_path, caplog, kind):
+    model, data = kind()
+    metrics = evaluate(model, tmp_path, data).evaluate()
+    assert "eval_perplexity" not in metrics and "eval_sparsity" in metrics
+    assert caplog.text.count("No eval_perplexity is reported: the evaluation data have no column of labels") == 1
+
+
 def test_a_loss_of_the_trainers_does_not_hide_the_models_own(tmp_path):
     class Half(PAdamTrainer):
         def compute_loss(self, *args, **kwargs):
@@ -232,6 +256,25 @@ def test_weights_that_are_not_numbers_have_no_finite_perplexity(tmp_path):
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
     assert math.isnan(evaluate(model, tmp_path, rows()).evaluate()["eval_perplexity"])
+
+
+@pytest.mark.parametrize("kind", ["as reported", "by its own loss", "of another kind", "without scores"])
+def test_the_default_device_need_not_be_the_models(kind):
+    """The meta device stands for another GPU: whatever is created there by mistake has no values."""
+    logits, labels = torch.linspace(-1, 1, 60).view(2, 5, 6), torch.arange(10).view(2, 5) % 6
+    nll, counts = sequence_nll(logits, labels)
+    mean = nll.sum() / counts.sum()
+    meter = PerplexityMeter(Accelerator(cpu=True))
+    torch.set_default_device("meta")
+    try:
+        loss = mean if kind == "as reported" else None
+        scores = None if kind == "without scores" else logits
+        meter.add(loss, scores, labels, own_loss=lambda: mean if kind == "by its own loss" else None)
+        result = meter.result()
+    finally:
+        torch.set_default_device(None)
+    known = kind in ("as reported", "by its own loss")
+    assert result == (pytest.approx(mean.exp().item()) if known else None) and bool(meter.reason) is not known
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

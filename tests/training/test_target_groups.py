@@ -181,6 +181,25 @@ def test_a_state_of_the_same_sizes_in_another_order_is_refused():
     optimizer({"layers.0": 0.8, "layers.1": 0.5}).load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("shares", "pools", "expected"),
+    [((0.25, 0.75), (), (0.25, 0.75)), ((0.5, 0.5), (), (0.0, 1.0)), ((0.25, 0.75), ("a", "a"), (0.25, 0.75))]
+    + [((0.5, 0.5), ("a", "b"), (0.5, 0.5))],
+)
+def test_groups_of_ones_own_making_arrive_at_the_shares_that_they_give(shares, pools, expected):
+    weights = [torch.nn.Parameter(torch.linspace(low, low + 1, 64)) for low in (5, 0.5)]
+    groups = [{"params": [w], "target_sparsity": share} for w, share in zip(weights, shares, strict=True)]
+    for group, pool in zip(groups, pools, strict=False):
+        group["target_pool"] = pool
+    optimizer = PAdam(groups, lr=1e-9)
+    steering = TargetSparsity(optimizer, None, 10)
+    for _ in range(10):
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    assert [(weight == 0).float().mean().item() for weight in weights] == list(expected) and steering.met
+
+
 def test_groups_without_a_target_are_not_steered_to_the_groups_own():
     optimizer = PAdam([{"params": [torch.nn.Parameter(torch.ones(4, 4))]}])
     with pytest.raises(ValueError, match="nothing to steer: .* and a target_sparsity"):
