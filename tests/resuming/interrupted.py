@@ -32,7 +32,7 @@ def train(output_dir: str, number: str = "", step: str = "8", seconds: str = "0"
         output_dir: Where everything goes, and what an interrupted run left.
         number: The signal's name; none by default.
         step: Which step it comes in.
-        seconds: In place of the time within which processes agree: 0, as if steps were long; inf, as if they were short.
+        seconds: The time within which processes agree: 0 makes steps long ones, inf short ones.
     """
     args = PAdamTrainingArguments(
         output_dir,
