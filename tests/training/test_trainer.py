@@ -98,7 +98,7 @@ def test_embeddings_decay_when_asked(tmp_path):
 
 
 def test_trls_own_script_runs_unmodified(tmp_path, model_dir, capsys):
-    """`hf-padam run -m trl.scripts.sft`, on a local model and a local dataset, to a target; as `hf-padam` counts it."""
+    """`hf-padam run -m trl.scripts.sft`, on a local model and local data, to a target, as `hf-padam` counts it."""
     data = tmp_path / "data"
     data.mkdir()
     Dataset.from_dict({"text": [f"Line {i}: a fox, {i} dogs." for i in range(40)]}).to_json(data / "train.jsonl")
