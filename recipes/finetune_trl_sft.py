@@ -28,7 +28,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
 from hf_padam.resuming.checkpoints import resolve_checkpoint
-from hf_padam.training.announcement import decayed_names
+from hf_padam.training.announcement import decay_targets, decayed_names
 
 
 @dataclass
@@ -40,6 +40,10 @@ class SFTArguments(SFTConfig):
         default="target_sparsity=0.5", metadata={"help": "Options of padam as key=value pairs, joined by commas."}
     )
     trust_remote_code: bool = field(default=False, init=False)  # an option of ModelArguments, which loads the model
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        decay_targets(self)  # raises a ValueError on options that padam does not have, before anything is loaded
 
 
 def parse(argv: list[str]) -> tuple[Any, ...]:
@@ -54,8 +58,9 @@ def perplexities(trainer: SFTTrainer) -> dict[str, float]:
     options = {name: getattr(trainer.args, name) for name in same}
     args = PAdamTrainingArguments(**options, report_to="none", remove_unused_columns=False)
     evaluation = PAdamTrainer(trainer.model, args, data_collator=trainer.data_collator)
+    held_out: Any = trainer.eval_dataset  # by split, tokenized
     found = {}
-    for split, rows in trainer.eval_dataset.items():
+    for split, rows in held_out.items():
         metrics = evaluation.evaluate(rows, metric_key_prefix=split)
         if f"{split}_perplexity" not in metrics:
             raise UsageError("this recipe reports perplexities, but none is known of this model: see the log")
@@ -86,7 +91,7 @@ def main() -> None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise UsageError("this recipe evaluates whole models: run TRL's own script with `hf-padam run` instead")
         trainer.create_optimizer()
-        decayed = decayed_names(trainer.model, trainer.optimizer, args)
+        decayed = decayed_names(model, trainer.optimizer, args)
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
     magnitudes, before = report.Magnitudes.of(model, decayed), perplexities(trainer)

@@ -67,7 +67,8 @@ def trainer_for(directory, **more):
     args = PAdamTrainingArguments(
         **options(directory, optim_args=None, p_norm=0.5, lambda_p=0.3, max_steps=8, logging_steps=3) | more
     )
-    return PAdamTrainer(model=tiny_llama(attention_dropout=0.1), args=args, train_dataset=blocks())
+    model = tiny_llama(attention_dropout=0.1)
+    return PAdamTrainer(model=model, args=args, train_dataset=blocks(), eval_dataset=blocks(4))
 
 
 def rows(trainer):
@@ -91,6 +92,24 @@ def test_sigterm_in_a_users_script_saves_and_exits_with_143(tmp_path, caplog):
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(weights(resumed.model), weights(whole.model))
     assert rows(resumed) == rows(whole)
+
+
+def test_sigterm_in_the_last_evaluation_saves_too(tmp_path, caplog):
+    """After the last step's end, when a Trainer asks for nothing more."""
+
+    class Evaluated(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            if state.global_step == 8:
+                signal.raise_signal(signal.SIGTERM)
+
+    stopped = trainer_for(tmp_path, eval_strategy="steps", eval_steps=4)
+    stopped.add_callback(Evaluated())
+    with pytest.raises(SystemExit) as stop:
+        stopped.train()
+    assert stop.value.code == 143 and "SIGTERM: saved checkpoint-8" in caplog.text
+    resumed = trainer_for(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8 and torch.equal(weights(resumed.model), weights(stopped.model))
 
 
 def test_a_handler_of_the_users_own_is_left_alone(tmp_path):
