@@ -207,7 +207,7 @@ def main() -> None:
                     bar.set_postfix(loss=f"{mean_loss:.3f}", sparsity=f"{sparsity:.2%}")
                     accelerator.log(row, step=progress.step)
                     progress.losses.clear()
-                stopping = stop.agreed()
+                stopping = stop.agreed(last)
                 if stopping or args.saves_at(progress.step, last):
                     progress.save(output_dir, args.save_total_limit)
                 if stopping:

@@ -25,7 +25,10 @@ from hf_padam.training.registration import OPTIONS
 
 READMES = [REPOSITORY / "README.md", REPOSITORY / "recipes" / "README.md"]
 MOST_LINES, MOST_COLUMNS = 200, 119  # of README.md; of its prose
-TRAINING = {f"recipes/{name}.py" for name in ("finetune_clm", "finetune_clm_no_trainer", "pretrain_char")}
+TRAINING = {
+    f"recipes/{name}.py"
+    for name in ("finetune_clm", "finetune_clm_no_trainer", "finetune_lora", "finetune_trl_sft", "pretrain_char")
+}
 PLANNED = {"recipes/compare.py", "recipes/sweep.py"}  # hand what they do not know to a training recipe
 SLURM = {"--signal"}
 TRANSFORMERS = {"device_map"}  # names of its that we have no need of ourselves

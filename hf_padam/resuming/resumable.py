@@ -294,8 +294,7 @@ class _Follow(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer._batches += 1
-        if self.trainer._stop_signal.agreed():
-            self.stopping = control.should_save = True
+        self._stop_if_agreed(control)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -306,6 +305,12 @@ class _Follow(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer._epoch_ended = True
+        if control.should_training_stop:  # for whatever reason
+            self._stop_if_agreed(control, last=True)
+
+    def _stop_if_agreed(self, control: TrainerControl, last: bool = False) -> None:
+        if self.trainer._stop_signal.agreed(last):
+            self.stopping = control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stopping:

@@ -34,6 +34,9 @@ class PerplexityMeter:
     def __init__(self, accelerator: Accelerator) -> None:
         self.reason: str | None = None
         """Why no perplexity is known, once that is clear."""
+        parallelism = getattr(accelerator, "parallelism_config", None)
+        if any(getattr(parallelism, size, 1) > 1 for size in ("cp_size", "sp_size")):
+            self.reason = "context and sequence parallelism cut the sequences in pieces"
         self.aligned: Callable[[Tensor], Tensor] | None = None
         """`following` or `unshifted`: what turns labels into what each position predicts, once it is known."""
         self.follows_loss = False

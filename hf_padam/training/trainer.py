@@ -196,9 +196,6 @@ class PAdamTrainer(DistillingTrainer):
     ) -> EvalLoopOutput:
         """Run the evaluation and add perplexity and sparsity to its metrics."""
         self._meter = meter = PerplexityMeter(self.accelerator)
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        if any(getattr(parallelism, name, 1) > 1 for name in ("cp_size", "sp_size")):
-            meter.reason = "context and sequence parallelism cut the sequences in pieces"
         try:
             with marking_repeated_rows(dataloader):
                 output = super().evaluation_loop(

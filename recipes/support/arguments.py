@@ -50,8 +50,8 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Which text to train and evaluate on."""
+class SplitArguments:
+    """Which data to train and evaluate on."""
 
     _argument_group_name = "data"
 
@@ -68,19 +68,10 @@ class DataArguments:
     validation_split_percentage: int = field(
         default=5, metadata={"help": "Share of train set apart for each of validation and test where one is missing."}
     )
-    block_size: int | None = field(
-        default=None, metadata={"help": "Tokens per sequence; the model's maximum, at most 1024, by default."}
-    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Keep this many training sequences."})
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Keep this many sequences for each of validation and test."}
     )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the data while training; needs --max_steps. Held-out rows are interleaved."},
-    )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again even if a cached result exists."})
     keep_linebreaks: bool = field(default=True, metadata={"help": "Keep line breaks of text files."})
 
     def __post_init__(self) -> None:
@@ -100,12 +91,27 @@ class DataArguments:
             if path and Path(path).stat().st_size == 0:
                 raise UsageError(f"--{split}_file {path} is empty")
         for name in ("block_size", "max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
-            value = getattr(self, name)
+            value = getattr(self, name, None)
             least = 2 if name == "block_size" else 1
             if value is not None and value < least:
                 raise UsageError(f"--{name} {value} is too small: it must be at least {least}")
         if not 1 <= self.validation_split_percentage <= 40:
             raise UsageError(f"--validation_split_percentage {self.validation_split_percentage} is not in 1 to 40")
+
+
+@dataclass
+class DataArguments(SplitArguments):
+    """Which text to train and evaluate on, and how to cut it into sequences."""
+
+    block_size: int | None = field(
+        default=None, metadata={"help": "Tokens per sequence; the model's maximum, at most 1024, by default."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the data while training; needs --max_steps. Held-out rows are interleaved."},
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again even if a cached result exists."})
 
 
 COMMON = """

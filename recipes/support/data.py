@@ -49,7 +49,7 @@ def load_blocks(
         raise UsageError(f"--block_size {block_size} exceeds the {max_length} tokens that the model takes")
     with main_process_first:
         try:
-            raw = _with_all_splits(_load(args, hub_options), args)
+            raw = with_all_splits(_load(args, hub_options), args)
             column = text_column(raw, args.text_column)
             return {split: _pack(raw[split], split, column, tokenizer, block_size, args) for split in SPLITS}
         except UsageError:
@@ -99,8 +99,16 @@ def _options(loader: str, args: Any) -> dict[str, Any]:
     return {}
 
 
-def _with_all_splits(raw: Any, args: DataArguments) -> dict[str, Any]:
-    """Set the end of train apart for validation or test where the data has none."""
+def with_all_splits(raw: Any, args: Any) -> dict[str, Any]:
+    """Set the end of train apart for validation or test where the data has none.
+
+    Args:
+        raw: By split.
+        args: With the fields of `DataArguments`.
+
+    Raises:
+        UsageError: If there is no train, or too little of it.
+    """
     if "train" not in raw:
         raise UsageError(f"the dataset has no split named train, only {', '.join(raw)}")
     splits = {name: raw[name] for name in SPLITS if name in raw}

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from test_recipes import RECIPES, run_recipe, write_config
 from transformers import TrainerCallback
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
+from hf_padam.resuming import interruption
 
 
 def kill_test(*arguments: object, timeout: int) -> dict:
@@ -64,7 +67,8 @@ def trainer_for(directory, **more):
     args = PAdamTrainingArguments(
         **options(directory, optim_args=None, p_norm=0.5, lambda_p=0.3, max_steps=8, logging_steps=3) | more
     )
-    return PAdamTrainer(model=tiny_llama(attention_dropout=0.1), args=args, train_dataset=blocks())
+    model = tiny_llama(attention_dropout=0.1)
+    return PAdamTrainer(model=model, args=args, train_dataset=blocks(), eval_dataset=blocks(4))
 
 
 def rows(trainer):
@@ -88,6 +92,24 @@ def test_sigterm_in_a_users_script_saves_and_exits_with_143(tmp_path, caplog):
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(weights(resumed.model), weights(whole.model))
     assert rows(resumed) == rows(whole)
+
+
+def test_sigterm_in_the_last_evaluation_saves_too(tmp_path, caplog):
+    """After the last step's end, when a Trainer asks for nothing more."""
+
+    class Evaluated(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            if state.global_step == 8:
+                signal.raise_signal(signal.SIGTERM)
+
+    stopped = trainer_for(tmp_path, eval_strategy="steps", eval_steps=4)
+    stopped.add_callback(Evaluated())
+    with pytest.raises(SystemExit) as stop:
+        stopped.train()
+    assert stop.value.code == 143 and "SIGTERM: saved checkpoint-8" in caplog.text
+    resumed = trainer_for(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8 and torch.equal(weights(resumed.model), weights(stopped.model))
 
 
 def test_a_handler_of_the_users_own_is_left_alone(tmp_path):
@@ -265,16 +287,58 @@ def final(directory):
     return (directory / "model.safetensors").read_bytes(), [row for row in log if "loss" in row]
 
 
-def test_two_processes_stop_at_the_same_step_though_one_got_the_signal(tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert launch(2, whole).returncode == 0
-    result = launch(2, stopped, "SIGTERM")
-    assert result.returncode != 0 and "exitcode  : 143" in result.stderr, result.stderr[-3000:]
-    assert sorted(path.name for path in stopped.iterdir()) == ["checkpoint-6", "checkpoint-8"]
-    assert len(list((stopped / "checkpoint-8").glob("rng_state_*.pth"))) == 2
-    result = launch(2, stopped)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What two processes make that nothing interrupts."""
+    directory = tmp_path_factory.mktemp("whole")
+    result = launch(2, directory, "", "", "inf")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert final(stopped) == final(whole)
+    assert "AGREED [1, 11, 18]" in result.stdout
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("step", "seconds", "stop", "agreed_after"),
+    [
+        pytest.param(8, 0, 8, [*range(1, 9)], id="long steps: after the step"),
+        pytest.param(3, "inf", 11, [1, 11], id="short steps: at most ten later"),
+        pytest.param(14, "inf", 18, [1, 11, 18], id="at the end: before it"),
+    ],
+)
+def test_two_processes_stop_at_the_same_step_though_one_got_the_signal(
+    tmp_path, whole, step, seconds, stop, agreed_after
+):
+    result = launch(2, tmp_path, "SIGTERM", step, seconds)
+    assert result.returncode != 0 and "exitcode  : 143" in result.stderr, result.stderr[-3000:]
+    assert f"AGREED {agreed_after}" in result.stdout
+    saved = {f"checkpoint-{step}" for step in (stop, *range(6, stop, 6))}
+    assert {path.name for path in tmp_path.iterdir()} == saved
+    assert len(list((tmp_path / f"checkpoint-{stop}").glob("rng_state_*.pth"))) == 2
+    result = launch(2, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert final(tmp_path) == final(whole)
+
+
+def test_processes_agree_about_once_a_second_whatever_their_steps_take(monkeypatch):
+    """With a clock of our own: steps that become longer, and shorter again."""
+    now, step, agreed_after = 0.0, 0, []
+
+    def reduce(values, reduction):
+        agreed_after.append(step)
+        return values
+
+    monkeypatch.setattr(interruption, "reduce", reduce)
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now)
+    monkeypatch.setattr(interruption, "PartialState", lambda: SimpleNamespace(num_processes=2, device="cpu"))
+    with interruption.StopSignal() as stop:
+        for seconds in [0.01] * 30 + [0.3] * 30 + [40.0] * 10 + [0.01] * 30:
+            now, step = now + seconds, step + 1
+            assert not stop.agreed()
+    gaps = [after - before for before, after in pairwise(agreed_after)]
+    assert max(gaps) == interruption.MOST_STEPS and len(agreed_after) < 40
+    assert [step for step in agreed_after if step <= 22] == [1, 11, 21]
+    assert [step for step in agreed_after if 31 <= step <= 50] == [31, 41, 44, 47, 50]
+    assert {*range(62, 71)} <= set(agreed_after)
 
 
 def test_a_process_that_dies_ends_the_others_soon_and_the_run_can_go_on(tmp_path):

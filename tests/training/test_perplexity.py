@@ -213,7 +213,7 @@ def test_a_loss_of_the_trainers_does_not_hide_the_models_own(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["cp_size", "sp_size"])
-def test_no_perplexity_where_sequences_are_cut_in_pieces(tmp_path, monkeypatch, caplog, size):
+def test_no_perplexity_where_sequences_are_cut_in_pieces_and_it_is_said_once(tmp_path, monkeypatch, caplog, size):
     trainer = evaluate(tiny_llama(), tmp_path, rows())
 
     class Parallelism:
@@ -223,8 +223,14 @@ def test_no_perplexity_where_sequences_are_cut_in_pieces(tmp_path, monkeypatch, 
             return {size: 2}.get(name, 1 if name.endswith("_size") else None)
 
     monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", Parallelism())
-    assert "eval_perplexity" not in trainer.evaluate()
-    assert "context and sequence parallelism" in caplog.text
+    for prefix in ("eval", "eval", "test"):
+        metrics = trainer.evaluate(metric_key_prefix=prefix)
+        assert f"{prefix}_loss" in metrics and f"{prefix}_perplexity" not in metrics
+    assert caplog.text.count("context and sequence parallelism") == 1
+
+    meter = PerplexityMeter(trainer.accelerator)  # of a loop of one's own
+    meter.add(torch.tensor(1.0), torch.zeros(1, 4, 9), torch.ones(1, 4, dtype=torch.long), own_loss=lambda: None)
+    assert meter.result() is None and "cut the sequences in pieces" in meter.reason
 
 
 def test_a_fused_loss_is_not_made_to_give_logits(tmp_path, caplog):

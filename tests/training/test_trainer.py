@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments, decayed_parameters, get_param_groups
+from hf_padam.__main__ import main
 
 
 def check_outcome(model: nn.Module, optimizer: torch.optim.Optimizer | None, embeddings_decay: bool = False) -> None:
@@ -95,12 +97,12 @@ def test_embeddings_decay_when_asked(tmp_path):
     check_outcome(trainer.model, trainer.optimizer, embeddings_decay=True)
 
 
-def test_trls_own_script_runs_unmodified(tmp_path, model_dir):
-    """`hf-padam run -m trl.scripts.sft`, on a local model and a local dataset."""
+def test_trls_own_script_runs_unmodified(tmp_path, model_dir, capsys):
+    """`hf-padam run -m trl.scripts.sft`, on a local model and local data, to a target, as `hf-padam` counts it."""
     data = tmp_path / "data"
     data.mkdir()
     Dataset.from_dict({"text": [f"Line {i}: a fox, {i} dogs." for i in range(40)]}).to_json(data / "train.jsonl")
-    flags = options(tmp_path / "out", max_length=32, bf16=False)
+    flags = options(tmp_path / "out", optim_args="target_sparsity=0.5", max_length=32, bf16=False)
     line = [f"--{key}={value}" for key, value in flags.items()]
     command = [sys.executable, "-m", "hf_padam", "run", "-m", "trl.scripts.sft"]
     command += [f"--model_name_or_path={model_dir}", f"--dataset_name={data}", *line]
@@ -110,6 +112,10 @@ def test_trls_own_script_runs_unmodified(tmp_path, model_dir):
     from transformers import AutoModelForCausalLM
 
     check_outcome(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), None)
+    main(["sparsity", str(tmp_path / "out"), "--json", "-"])
+    counted = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in counted["tensors"] if row["decayed"]} == set(decayed_parameters(tiny_llama()))
+    assert counted["sparsity"] == pytest.approx(0.5, abs=5e-4)
 
 
 def test_lora_runs_end_in_the_error_that_explains(tmp_path):
