@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sparsity import local_shard, local_tensor, shard_coordinate, sum_over_shards
-from .update import LARGEST, YOUNG_STEPS, random_key
+from .random_bits import random_key
+from .update import LARGEST, YOUNG_STEPS
 
 REFERENCE = "reference"
 """The key of a steered group for the size that `update.prepare` takes in place of lambda_p."""

@@ -28,7 +28,8 @@ from .hyperparameters import (
 )
 from .importance import REFERENCE, SCALE, needs_scale, update_scale
 from .plan import MOMENTS, Plan, Tensors, check_dense, gradients
-from .update import Rounding, Scalars, initial_s, prepare, random_key
+from .random_bits import Rounding, random_key
+from .update import Scalars, initial_s, prepare
 
 logger = logging.getLogger(__name__)
 _LATER_OPTIONS = ("bf16_stochastic_round", "rounding_seed", *VARIANTS)

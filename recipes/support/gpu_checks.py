@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import hf_padam
 from hf_padam.optim.backends import BACKENDS, eager
-from hf_padam.optim.update import Rounding, initial_s, prepare
+from hf_padam.optim.random_bits import Rounding
+from hf_padam.optim.update import initial_s, prepare
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = REPOSITORY / "recipes"
