@@ -16,7 +16,7 @@ from ..optim.hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM
 from ..optim.patterns import pattern_share
 from ..optim.schedules import DEFAULT_SHARE, SHAPES
 from ..optim.schedules import DEFAULT_START as SCHEDULE_START
-from ..optim.target_sparsity import DEFAULT_END, DEFAULT_START, SCOPES, check_plan, check_steerable
+from ..optim.target_options import DEFAULT_END, DEFAULT_START, SCOPES, check_plan, check_steerable
 from ..optim.update import IMPORTANCES
 from .distillation import DEFAULT_TEMPERATURE, DEFAULT_WEIGHT, DTYPES
 
