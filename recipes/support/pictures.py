@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from hf_padam.files import staged
 from hf_padam.sparsity import TensorCount, count_zeros, local_shard, sum_over_shards
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
-from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 _MAGNITUDE_RANGE = (-10.0, 1.0)  # log10 of the magnitudes that are drawn
 _BINS = 220
@@ -51,7 +48,8 @@ def draw_training(path: Path, history: list[dict[str, Any]]) -> None:
     losses = [(row["step"], row["loss"]) for row in history if "loss" in row]
     sparsities = [(row["step"], 100 * row["sparsity"]) for row in history if "sparsity" in row and "loss" in row]
     evaluations = [(row["step"], math.log(row["eval_perplexity"])) for row in history if "eval_perplexity" in row]
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axis = figure.subplots()
     if losses:
         axis.plot(*zip(*losses, strict=True), color="tab:blue", label="training loss")
     if evaluations:
@@ -65,7 +63,7 @@ def draw_training(path: Path, history: list[dict[str, Any]]) -> None:
     handles = [line for a in (axis, other) for line in a.get_lines()]
     axis.legend(handles, [str(line.get_label()) for line in handles], loc="upper center", ncols=3)
     axis.margins(y=0.2)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_magnitudes(path: Path, before: Magnitudes, after: Magnitudes) -> None:
@@ -73,14 +71,15 @@ def draw_magnitudes(path: Path, before: Magnitudes, after: Magnitudes) -> None:
     low, high = _MAGNITUDE_RANGE
     edges = torch.linspace(low, high, _BINS + 1)
     centers = (10 ** ((edges[:-1] + edges[1:]) / 2)).tolist()
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axis = figure.subplots()
     for magnitudes, label, color in ((before, "before", "tab:gray"), (after, "after", "tab:green")):
         shares = (magnitudes.counts / magnitudes.elements * 100).tolist()
         zeros = 100 * magnitudes.zeros / magnitudes.elements
         axis.step(centers, shares, where="mid", color=color, label=f"{label}: {zeros:.1f} % exactly zero")
     axis.set(xscale="log", yscale="log", xlabel="magnitude of a decayed weight", ylabel="share of weights per bin (%)")
     axis.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_layers(path: Path, counts: list[TensorCount]) -> None:
@@ -93,17 +92,18 @@ def draw_layers(path: Path, counts: list[TensorCount]) -> None:
             cells.setdefault(kind, {})[int(match[1]) if match else 0] = 100 * count.sparsity
     layers = max(max(by_layer) for by_layer in cells.values()) + 1
     grid = [[by_layer.get(layer, math.nan) for layer in range(layers)] for by_layer in cells.values()]
-    figure, axis = plt.subplots(figsize=(max(4.0, 2.5 + 0.28 * layers), 1.5 + 0.32 * len(cells)))
+    figure = Figure(figsize=(max(4.0, 2.5 + 0.28 * layers), 1.5 + 0.32 * len(cells)))
+    axis = figure.subplots()
     image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
     axis.set_yticks(range(len(cells)), list(cells))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("layer")
     figure.colorbar(image, label="exact zeros (%)")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Figure, path: Path, dpi: float = 120) -> None:
+    """Write a picture, whole or not at all."""
     figure.tight_layout()
     with staged(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
+        figure.savefig(temporary, dpi=dpi)
