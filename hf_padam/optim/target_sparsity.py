@@ -67,6 +67,9 @@ STATE = {
 }
 """What is kept in the keys of the steered groups, and where it starts."""
 
+EARLIER_STATE = "target_decay"
+"""What versions before 0.2 kept in the place of "target_reference"."""
+
 _ATTRIBUTE = "_target_sparsity"
 """Of an optimizer that is steered: what steers it."""
 
@@ -233,6 +236,14 @@ class TargetSparsity:
         if self._given is None:
             steered = [group for group in steered if group.get("target_sparsity") is not None]
         steered = [group for group in steered if _params([group])]
+        earlier = [group for group in steered if group.pop(EARLIER_STATE, None) is not None]
+        if not all(self._met([group]) for group in earlier):
+            logger.warning(
+                "The optimizer's state is of hf_padam before 0.2, whose steering cannot be continued exactly: from "
+                "here this version steers. target_sparsity=%s is met at the same step, but the weights are not those that "
+                "the earlier version would have ended with. For these, finish the run with that version.",
+                self._target(earlier[0]),
+            )
         known: dict[str, Any] = next((group for group in steered if "target_step" in group), {})
         for group in steered:
             for name, value in STATE.items():
