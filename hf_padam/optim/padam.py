@@ -284,7 +284,11 @@ class PAdam(Optimizer):
                 for groups in (incoming["param_groups"], self.param_groups)
             )
             if saved != own and sorted(saved) == sorted(own):
-                raise ValueError("loaded state dict has the parameters of a parameter group in another order or group")
+                raise ValueError(
+                    "loaded state dict has the parameters of a parameter group in another order or group, from "
+                    f"{next(a for a, b in zip(saved, own, strict=True) if a != b)} on. If it is of hf_padam before "
+                    "0.2, that version chose other weights to decay: finish the run with it"
+                )
 
         handle = self.register_load_state_dict_pre_hook(remember)
         try:

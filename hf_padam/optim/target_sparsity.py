@@ -240,8 +240,8 @@ class TargetSparsity:
         if not all(self._met([group]) for group in earlier):
             logger.warning(
                 "The optimizer's state is of hf_padam before 0.2, whose steering cannot be continued exactly: from "
-                "here this version steers. target_sparsity=%s is met at the same step, but the weights are not those that "
-                "the earlier version would have ended with. For these, finish the run with that version.",
+                "here this version steers. target_sparsity=%s is met at the same step, but the weights are not "
+                "those that the earlier version would have ended with. For these, finish the run with that version.",
                 self._target(earlier[0]),
             )
         known: dict[str, Any] = next((group for group in steered if "target_step" in group), {})
