@@ -29,7 +29,7 @@ from hf_padam.optim.target_sparsity import steering_of
 from hf_padam.sparsity import NEAR_ZERO, TensorCount, count_model_zeros, summarize
 from hf_padam.training.other_optimizers import asks_for_decay
 
-from .arguments import save_config
+from .config_files import save_config
 from .pictures import Magnitudes, draw_layers, draw_magnitudes, draw_training
 
 RESULT_KEYS = (

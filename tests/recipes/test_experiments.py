@@ -22,8 +22,9 @@ import sweep
 import torch
 import yaml
 from conftest import REPOSITORY, TEXT, tiny_gpt2, tiny_llama
-from support.arguments import DataArguments, ModelArguments, as_arguments, parse_arguments
+from support.arguments import DataArguments, ModelArguments, parse_arguments
 from support.characters import Blocks, character_tokenizer, collate_blocks, encode
+from support.config_files import as_arguments
 from support.errors import UsageError
 from support.importance_scores import prune_by_wanda
 from support.pareto import Comparison, Point, differences, loss_at, pareto_front

@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 from conftest import blocks, tiny_gpt2, tiny_llama
-from support.arguments import parse_arguments, save_config
+from support.arguments import parse_arguments
+from support.config_files import save_config
 from transformers import Trainer, TrainingArguments
 
 from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments, TargetSparsity, decayed_parameters, get_param_groups
