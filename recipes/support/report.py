@@ -25,7 +25,7 @@ from transformers.training_args import OptimizerNames
 import hf_padam
 from hf_padam import PAdamTrainingArguments
 from hf_padam.files import write_atomically
-from hf_padam.optim.target_sparsity import steering_of
+from hf_padam.optim import steering_of
 from hf_padam.sparsity import NEAR_ZERO, TensorCount, count_model_zeros, summarize
 from hf_padam.training.other_optimizers import asks_for_decay
 
