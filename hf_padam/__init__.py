@@ -8,11 +8,7 @@ import sys
 
 from .compression import loading as loading  # registers the loader of compressed models
 from .compression.compress import compress, decompress, save_compressed
-from .optim.any_optimizer import add_pnorm_decay
-from .optim.eight_bit import PAdam8bit
-from .optim.padam import PAdam
-from .optim.schedules import PNormScheduler, p_norm_at
-from .optim.target_sparsity import TargetSparsity
+from .optim import PAdam, PAdam8bit, PNormScheduler, TargetSparsity, add_pnorm_decay, p_norm_at
 from .training import arguments, registration
 from .training.arguments import PAdamTrainingArguments
 from .training.callbacks import PNormScheduleCallback, TargetSparsityCallback

@@ -24,6 +24,7 @@ from support.arguments import DataArguments, ModelArguments, check_output_dir, c
 from support.data import load_blocks
 from support.errors import UsageError, reports_usage_errors
 from support.models import load_model_and_tokenizer, load_teacher, save_model
+from support.pictures import Magnitudes
 from support.positions import longest_sequence
 from support.pruning import PruningArguments, evaluate_one_shot
 from support.timing import StepTimer
@@ -96,7 +97,7 @@ def main() -> None:
         raise UsageError(str(error)) from error
     for callback in pruning_args.callbacks(trainer):
         trainer.add_callback(callback)
-    before = report.Magnitudes.of(model, decayed)
+    before = Magnitudes.of(model, decayed)
     trainer.add_callback(TestBefore(trainer, splits["test"]))
     trainer.train(resume_from_checkpoint=resume)
     validation = trainer.evaluate(metric_key_prefix="validation")

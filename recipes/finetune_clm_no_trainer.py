@@ -25,6 +25,7 @@ from support.data import load_blocks
 from support.errors import UsageError, reports_usage_errors
 from support.loop import PROGRESS_FILE, LoopArguments, Progress, make_distillation
 from support.models import load_model_and_tokenizer, load_teacher, save_model
+from support.pictures import Magnitudes
 from support.positions import longest_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -154,7 +155,7 @@ def main() -> None:
         return value
 
     plain = accelerator.unwrap_model(model)
-    before = report.Magnitudes.of(plain, decayed)
+    before = Magnitudes.of(plain, decayed)
 
     # 3. Where an interrupted run goes on. The model that training starts from is evaluated once.
     progress = Progress(accelerator, args, distillation)

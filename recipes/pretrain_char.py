@@ -29,6 +29,7 @@ from support.arguments import check_output_dir, check_resume, parse_arguments
 from support.characters import Blocks, TextArguments, character_tokenizer, collate_blocks, encode, load_text
 from support.errors import UsageError, reports_usage_errors
 from support.models import save_model
+from support.pictures import Magnitudes
 from support.pruning import PruningArguments, evaluate_one_shot
 from support.timing import StepTimer
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
@@ -148,7 +149,7 @@ def main() -> None:
         raise UsageError(str(error)) from error
     for callback in pruning_args.callbacks(trainer):
         trainer.add_callback(callback)
-    before = report.Magnitudes.of(model, decayed)
+    before = Magnitudes.of(model, decayed)
     trainer.train(resume_from_checkpoint=resume)
     validation = trainer.evaluate(metric_key_prefix="validation")
 

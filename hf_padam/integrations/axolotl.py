@@ -16,7 +16,8 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
-from ..training.registration import OPTIMIZERS, parse_optim_args
+from ..training.optim_args import parse_optim_args
+from ..training.registration import OPTIMIZERS
 
 _OWN_GROUPS = ("loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale", "lr_groups")
 

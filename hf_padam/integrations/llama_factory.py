@@ -24,8 +24,7 @@ from typing import Any
 from llamafactory.v1.plugins.trainer_plugins.optimizer import OptimizerPlugin
 from torch import nn
 
-from ..optim.padam import PAdam
-from ..optim.target_sparsity import TargetSparsity
+from ..optim import PAdam, TargetSparsity
 from ..training.registration import NAME, OPTIMIZERS, build_optimizer, optimizer_options
 
 _ARGUMENTS: dict[str, Any] = {

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from ..sparsity import local_tensor
 from .padam import PAdam
-from .update import Rounding, Scalars, random_key
+from .random_bits import Rounding, random_key
+from .update import Scalars
 
 BLOCK = 256
 """Elements that share a scale."""

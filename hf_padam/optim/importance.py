@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from ..sparsity import local_shard, local_tensor, shard_coordinate, sum_over_shards
 from .plan import gradients
-from .update import LARGEST, YOUNG_RATIO, YOUNG_STEPS, random_key
+from .random_bits import random_key
+from .update import LARGEST, YOUNG_RATIO, YOUNG_STEPS
 
 REFERENCE = "reference"
 """The key of a steered group for the size that `update.prepare` takes in place of lambda_p."""

@@ -29,7 +29,8 @@ from .hyperparameters import (
 )
 from .importance import REFERENCE, SCALE, needs_scale, update_scale
 from .plan import MOMENTS, Plan, Tensors, check_dense, gradients
-from .update import Rounding, Scalars, initial_s, prepare, random_key
+from .random_bits import Rounding, random_key
+from .update import Scalars, initial_s, prepare
 
 logger = logging.getLogger(__name__)
 _LATER_OPTIONS = ("bf16_stochastic_round", "rounding_seed", *VARIANTS)
@@ -287,7 +288,11 @@ class PAdam(Optimizer):
                 for groups in (incoming["param_groups"], self.param_groups)
             )
             if saved != own and sorted(saved) == sorted(own):
-                raise ValueError("loaded state dict has the parameters of a parameter group in another order or group")
+                raise ValueError(
+                    "loaded state dict has the parameters of a parameter group in another order or group, from "
+                    f"{next(a for a, b in zip(saved, own, strict=True) if a != b)} on. If it is of hf_padam before "
+                    "0.2, that version chose other weights to decay: finish the run with it"
+                )
 
         handle = self.register_load_state_dict_pre_hook(remember)
         try:

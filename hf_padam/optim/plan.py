@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..sparsity import local_tensor, shard_coordinate
-from .update import random_key
+from .random_bits import random_key
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

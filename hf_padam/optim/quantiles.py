@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..sparsity import zeros_in
 from .importance import Measured, sum_totals
-from .update import random_bits
+from .random_bits import random_bits
 
 _SHIFT = 15
 """Sizes are told apart by their exponent and the first 8 bits after it: all but this many bits of fp32."""

@@ -122,6 +122,10 @@ class PNormScheduler:
         ValueError: If a setting is out of range; see also `set_p_norm`.
     """
 
+    optimizer: Any
+    last_step: int
+    _settings: tuple[Any, ...]
+
     def __init__(
         self,
         optimizer: Any,

@@ -24,7 +24,7 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,20 +32,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sparsity import TensorCount, count_zeros
-from .hyperparameters import is_number
 from .importance import REFERENCE, SCALE, fisher_scale, measure
 from .padam import PAdam, unwrap
 from .patterns import PATTERN, check_blocks, missing_in_blocks, zero_in_blocks_
 from .quantiles import histogram, quantile, zero_below_, zero_smallest_
-from .schedules import FINAL
+from .target_options import DEFAULT_END, DEFAULT_START, check_plan, check_steerable
 from .update import YOUNG_STEPS
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_START, DEFAULT_END = 0.2, 0.75
-"""Of the ramp, as shares of the training. What dies at once dies before the gradient has said whether it is needed."""
-
-SCOPES = ("global", "layer")
 HOLD = 2.0**-100
 """``lr * lambda_p`` as it is shown while nothing is to die."""
 
@@ -72,6 +67,9 @@ STATE = {
     "target_threshold": 0.0,  # their sizes were not above this
 }
 """What is kept in the keys of the steered groups, and where it starts."""
+
+EARLIER_STATE = "target_decay"
+"""What versions before 0.2 kept in the place of "target_reference"."""
 
 _ATTRIBUTE = "_target_sparsity"
 """Of an optimizer that is steered: what steers it."""
@@ -242,6 +240,14 @@ class TargetSparsity:
         if self._given is None:
             steered = [group for group in steered if group.get("target_sparsity") is not None]
         steered = [group for group in steered if _params([group])]
+        earlier = [group for group in steered if group.pop(EARLIER_STATE, None) is not None]
+        if not all(self._met([group]) for group in earlier):
+            logger.warning(
+                "The optimizer's state is of hf_padam before 0.2, whose steering cannot be continued exactly: from "
+                "here this version steers. target_sparsity=%s is met at the same step, but the weights are not "
+                "those that the earlier version would have ended with. For these, finish the run with that version.",
+                self._target(earlier[0]),
+            )
         known: dict[str, Any] = next((group for group in steered if "target_step" in group), {})
         for group in steered:
             for name, value in STATE.items():
@@ -375,41 +381,6 @@ def _lambda_p(group: dict[str, Any]) -> float:
 def steering_of(optimizer: Any) -> TargetSparsity | None:
     """Return what steers an optimizer, or the one that accelerate has wrapped."""
     return getattr(unwrap(optimizer), _ATTRIBUTE, None)
-
-
-def check_steerable(group: Mapping[str, Any]) -> None:
-    """Check that zeros can be made with a parameter group's options, and that they stay.
-
-    Raises:
-        ValueError: If not.
-    """
-    if FINAL in group:
-        raise ValueError("target_sparsity and a p-schedule exclude each other: the path is planned for one p")
-    for option, plain in (("late_decay", False), ("s_rate", 1.0), ("p_norm_schedule", "constant")):
-        if group.get(option, plain) != plain:
-            raise ValueError(
-                f"target_sparsity and {option}={group[option]!r} exclude each other: the path to the target is "
-                "planned for the plain decay. Drop one of them"
-            )
-    if group["p_norm"] >= 2:
-        raise ValueError(f"p_norm={group['p_norm']} makes no zeros, so no target_sparsity can be reached: take p < 2")
-
-
-def check_plan(target: float, start: float, end: float) -> None:
-    """Check the numbers of a plan.
-
-    Raises:
-        ValueError: Naming the one that is out of range.
-    """
-    if not is_number(target) or not 0 < target < 1:
-        raise ValueError(
-            f"target_sparsity={target!r} is not allowed: it must be a share of zeros, above 0 and below 1"
-        )
-    if not 0 <= start <= end <= 1:
-        raise ValueError(
-            f"target_start={start!r} and target_end={end!r} are not allowed: they are shares of the training steps, "
-            "0 <= start <= end <= 1"
-        )
 
 
 def _prunes(groups: list[dict[str, Any]]) -> bool:

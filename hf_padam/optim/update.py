@@ -34,8 +34,6 @@ This module imports torch alone.
 from __future__ import annotations
 
 import enum
-import functools
-import hashlib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -52,10 +50,6 @@ _SMALLEST_NORMAL = 2.0**-126
 
 LARGEST = 2.0**127
 """Nothing that a size is made of may be infinite in fp32, nor vanish if positive: 0 * inf is NaN."""
-
-MULTIPLIERS = (0x7FEB352D, 0x846CA68B, 0x31848BAB)
-"""Of the hash in `random_bits`; odd, and found good by Wellons' search (nullprogram.com/blog/2018/07/31)."""
-
 
 IMPORTANCES = ("magnitude", "fisher")
 """By what the p-norm decay measures a weight."""
@@ -205,37 +199,6 @@ def prepare(
         fisher=fisher and form not in (Form.NONE, Form.HOLD),
         s_rate=s_rate,
     )
-
-
-class Rounding(NamedTuple):
-    """What the random bits of a stochastically rounded step depend on, besides the position in the tensor."""
-
-    step_key: int
-    tensor_keys: list[int]  # one for each tensor
-
-
-@functools.lru_cache(maxsize=2**16)
-def random_key(*numbers: int) -> int:
-    """Hash some numbers into a signed 32-bit one, the same on every machine."""
-    text = repr(tuple(map(int, numbers)))  # int: NumPy's write themselves otherwise
-    return int.from_bytes(hashlib.blake2s(text.encode(), digest_size=4).digest(), "little", signed=True)
-
-
-def random_bits(position: Tensor, tensor_key: int | Tensor, step_key: int | Tensor) -> Tensor:
-    """Return 32 random bits for each element: a hash, so no state is kept; every backend draws the same.
-
-    Args:
-        position: Of the elements in their tensor; int32. Backends may count strided tensors' in another order.
-        tensor_key: From `random_key`, another for each tensor.
-        step_key: From `random_key`, another for each step.
-    """
-    # Multiplications carry low bits up, shifts bring high bits down, until each bit depends on all others.
-    first, second, third = (m - 2**32 if m >= 2**31 else m for m in MULTIPLIERS)
-    x = position ^ tensor_key
-    x = (x ^ ((x >> 16) & 0xFFFF)) * first
-    x = ((x ^ ((x >> 15) & 0x1FFFF)) + (step_key ^ tensor_key)) * second
-    x = (x ^ ((x >> 16) & 0xFFFF)) * third
-    return x ^ ((x >> 16) & 0xFFFF)
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from ..optim.schedules import check_schedule
 from .distillation import check_distillation_options
-from .options import OPTIONS, PAdamOptions, read
+from .options import OPTIONS, PAPER, PAdamOptions, read
 from .other_optimizers import check_decay_options
 from .registration import NAME, OPTIMIZERS, optimizer_options
 
@@ -53,6 +53,10 @@ class PAdamTrainingArguments(PAdamOptions, TrainingArguments):
             optimizer_options(self)
         else:
             check_decay_options(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what was pickled, be it by a version before 0.2, which knew of one importance."""
+        vars(self).update({"importance": PAPER["importance"]} | state)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments for logs and reports, with the options of padam that are in force."""

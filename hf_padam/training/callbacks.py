@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..optim.padam import PAdam, unwrap
+from ..optim import PAdam, TargetSparsity, steering_of, unwrap
 from ..optim.schedules import DEFAULT_SHARE, check_schedule, set_p_norm
 from ..optim.schedules import DEFAULT_START as DEFAULT_SCHEDULE_START
-from ..optim.target_sparsity import DEFAULT_END, DEFAULT_START, TargetSparsity, check_plan, steering_of
+from ..optim.target_options import DEFAULT_END, DEFAULT_START, check_plan
 from .decay_report import warn_of_strangers
 from .lost_updates import warn_of_lost_updates
 from .options import options_of

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..optim.padam import unwrap
+from ..optim import unwrap
 from .linear_maps import WholeShapes, embedding_weights, linear_matrices
 
 logger = logging.getLogger(__name__)

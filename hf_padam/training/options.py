@@ -15,7 +15,7 @@ from ..optim.hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, is_number
 from ..optim.patterns import pattern_share
 from ..optim.schedules import DEFAULT_SHARE, SHAPES
 from ..optim.schedules import DEFAULT_START as SCHEDULE_START
-from ..optim.target_sparsity import DEFAULT_END, DEFAULT_START, SCOPES, check_plan, check_steerable
+from ..optim.target_options import DEFAULT_END, DEFAULT_START, SCOPES, check_plan, check_steerable
 from ..optim.update import IMPORTANCES
 from .distillation import DEFAULT_TEMPERATURE, DEFAULT_WEIGHT, DTYPES
 
@@ -161,8 +161,6 @@ _HINTS["target_pattern"] = (_PATTERN, type(None))
 _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 _LIST = re.compile(r"""\[\s*["'\]]|\[[^\]]*$""")
 """How a list begins; a regular expression may begin with a set of characters."""
-_NEXT_KEY = re.compile(r',(?=\s*\w+\s*=)(?=(?:[^"]*"[^"]*")*[^"]*$)')
-"""A comma between pairs: before the next key, and not within double quotes."""
 
 
 def options_of(args: Any) -> PAdamOptions:
@@ -199,7 +197,7 @@ def read(name: str, value: Any) -> Any:
     absent = value is None and type(None) in types
     fits = value in choices if choices else any(_KINDS[t][1](value) for t in types if t in _KINDS)
     if not (absent or fits):
-        raise ValueError(f"{name}={text!r} must be {_accepted(name)}")
+        raise ValueError(f"{name}={text!r} must be {accepted(name)}")
     if is_number(value) and type(value) not in (int, float):
         return float(value)  # not NumPy's: it could not be written as JSON
     return value
@@ -209,59 +207,11 @@ def _choices(name: str) -> list[str]:
     return FIELDS[name].metadata.get("choices", []) if name in FIELDS else []
 
 
-def _accepted(name: str) -> str:
+def accepted(name: str) -> str:
     """Say what an option takes."""
     if choices := _choices(name):
         return f"one of {', '.join(choices)}"
     return " or ".join(_KINDS[kind][0] for kind in _HINTS[name] if kind in _KINDS)
-
-
-def split_optim_args(text: Any) -> dict[str, str]:
-    """Split an `optim_args` string, key=value pairs joined by commas, into its pairs.
-
-    Spaces count within a value only. A comma ends a value where a key follows, and not within double quotes, so
-    regular expressions and JSON can be given as they are; a value as a whole may be in double quotes.
-
-    Raises:
-        ValueError: If it is no such string, or gives a key twice.
-    """
-    if not isinstance(text, str):
-        raise ValueError(malformed(text))
-    pairs: dict[str, str] = {}
-    for pair in _NEXT_KEY.split(text) if text.strip() else ():
-        key, equals, value = (part.strip() for part in pair.partition("="))
-        if not equals or not key.isidentifier() or value.endswith(","):
-            raise ValueError(malformed(text))
-        if key in pairs:
-            raise ValueError(f"optim_args={text!r} gives {key} twice. Drop one of them")
-        pairs[key] = value[1:-1] if re.fullmatch('"[^"]*"', value) else value
-    return pairs
-
-
-def parse_optim_args(text: str | None) -> dict[str, Any]:
-    """Turn an `optim_args` string into typed options; absent keys stay absent.
-
-    Raises:
-        ValueError: On a malformed pair, an unknown or repeated key, or a bad value, with the list of what is accepted.
-    """
-    options = {}
-    accepted = ", ".join(f"{key} ({_accepted(key)})" for key in OPTIONS)
-    for key, value in split_optim_args("" if text is None else text).items():
-        if key not in OPTIONS:
-            raise ValueError(f"optim_args has no key {key!r} for padam. Accepted: {accepted}")
-        try:
-            options[key] = read(key, value)
-        except ValueError as error:
-            raise ValueError(f"optim_args: {error}. Accepted: {accepted}") from None
-    return options
-
-
-def malformed(text: Any) -> str:
-    """Say that an `optim_args` string is malformed."""
-    return (
-        f"optim_args={text!r} is malformed: it must be a string of key=value pairs joined by commas, "
-        'for example "p_norm=0.8,lambda_p=0.5"'
-    )
 
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..optim.any_optimizer import add_pnorm_decay, decay_scalars, has_pnorm_decay
+from ..optim import add_pnorm_decay
+from ..optim.any_optimizer import decay_scalars, has_pnorm_decay
 from ..optim.schedules import FINAL
 from .options import OPTIONS, PAPER, options_of
 from .param_groups import get_param_groups

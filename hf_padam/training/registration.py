@@ -27,21 +27,12 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames, TrainingArguments
 
-from ..optim.eight_bit import S_REFUSAL, PAdam8bit, check_installed
+from ..optim import PAdam, PAdam8bit
+from ..optim.eight_bit import S_REFUSAL, check_installed
 from ..optim.hyperparameters import DEFAULT_LAMBDA_P, check_hyperparameters
-from ..optim.padam import PAdam
 from .callbacks import CallbackFromGroups
-from .options import (
-    OPTIONS,
-    check_target,
-    has_target,
-    malformed,
-    options_of,
-    parse_optim_args,
-    read,
-    split_optim_args,
-    with_defaults,
-)
+from .optim_args import malformed, parse_optim_args, split_optim_args
+from .options import OPTIONS, check_target, has_target, options_of, read, with_defaults
 from .param_groups import get_param_groups
 
 NAME = "padam"

@@ -1,27 +1,24 @@
-"""Command lines: the flags of Hugging Face's `run_clm.py`, a YAML or JSON config file, and a help one can read."""
+"""Command lines: the flags of Hugging Face's `run_clm.py`, maybe after a config file, and a help one can read."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
-import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_padam.files import write_atomically
 from hf_padam.resuming.checkpoints import TRAINER_STATE, CheckpointError, check_checkpoint
 from hf_padam.training.options import FIELDS
 
-from .errors import UsageError
+from .config_files import config_as_options
+from .errors import UsageError, suggest
 
 
 @dataclass
@@ -152,11 +149,11 @@ def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]
     if "--help" in argv or "-h" in argv:
         _shorten_help(parser, dataclass_types)
     if argv and not argv[0].startswith("-"):
-        argv = _config_as_options(Path(argv[0]), known, argv[1:]) + argv[1:]
+        argv = config_as_options(Path(argv[0]), known, argv[1:]) + argv[1:]
     _, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        raise UsageError(f"unknown option {name}{_suggest(name.lstrip('-'), known, '--')}. --help lists the options")
+        raise UsageError(f"unknown option {name}{suggest(name.lstrip('-'), known, '--')}. --help lists the options")
     try:
         return parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, TypeError, ImportError) as error:
@@ -207,47 +204,6 @@ def _shorten_help(parser: HfArgumentParser, dataclass_types: Sequence[Any]) -> N
             action.help = argparse.SUPPRESS
 
 
-def _config_as_options(path: Path, known: set[str], overrides: Sequence[str]) -> list[str]:
-    """Read a config file and write it as command-line options, so that both are parsed and overridden alike."""
-    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in overrides if word.startswith("--")}
-    overridden = {key for key, others in _IN_PLACE_OF.items() if given & others}
-    if path.suffix not in (".yaml", ".yml", ".json"):
-        raise UsageError(f"{path} is not a config file: it must end in .yaml, .yml or .json; options start with --")
-    try:
-        text = path.read_text(encoding="utf-8")
-        config = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise UsageError(f"the config file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"the config file {path} is malformed: {error}") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"the config file {path} must hold a mapping of option names to values")
-    for key in config:
-        if key not in known:
-            raise UsageError(
-                f"{path}: unknown key {key!r}{_suggest(str(key), known)}. Keys are option names without --"
-            )
-    return as_arguments({key: value for key, value in config.items() if key not in overridden})
-
-
-def as_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Write options as a command line; those without a value, which have their defaults, are left out."""
-    arguments = []
-    for name, value in options.items():
-        if value is None or value == []:
-            continue
-        if isinstance(value, list) and name not in JSON_LISTS:
-            arguments += [f"--{name}", *map(str, value)]
-        else:  # with "=", so that "-inf" is not taken for an option
-            arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict | list) else value}")
-    return arguments
-
-
-def _suggest(name: str, known: set[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {prefix}{close[0]}?)" if close else ""
-
-
 def check_output_dir(path: str | None) -> Path:
     """Create the output directory and make sure that files can be written there.
 
@@ -280,38 +236,4 @@ def check_resume(path: str | None, state_file: str = TRAINER_STATE) -> str | boo
         raise UsageError(f"--resume_from_checkpoint: {error}") from error
 
 
-def save_config(path: Path, *parsed: Any) -> None:
-    """Write every option that differs from its default, so that the file repeats the run as ``SCRIPT FILE``."""
-    config = {}
-    for arguments in parsed:
-        defaults = type(arguments).__dataclass_fields__
-        for f in dataclasses.fields(arguments):
-            value = getattr(arguments, f.name)
-            value = getattr(value, "value", value)  # enums
-            default = defaults[f.name].default
-            if f.default_factory is not dataclasses.MISSING:
-                default = f.default_factory()
-            if f.init and f.name not in _NOT_OPTIONS and isinstance(value, str | int | float | bool | list | dict):
-                if value != getattr(default, "value", default) and value not in ([], {}):
-                    config[f.name] = value
-    write_atomically(path, yaml.safe_dump(config, sort_keys=False))
-
-
-# Keys of a config file that give way to an option of the command line which excludes them.
-_IN_PLACE_OF = {
-    name: {"lambda_p", "target_sparsity", "target_pattern"} - {name}
-    for name in ("lambda_p", "target_sparsity", "target_pattern")
-}
-# Fields that take a string or a list: argparse would take the first item for the string.
-JSON_LISTS = {"optim_target_modules", "dense_modules"}
-_NOT_OPTIONS = {
-    "resume_from_checkpoint",
-    "preset",  # the saved options are complete without
-    "local_rank",
-    "token",
-    "hub_token",
-    "push_to_hub_token",
-    "logging_dir",
-    "disable_tqdm",
-}
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

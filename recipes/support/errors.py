@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import sys
 from collections.abc import Callable
@@ -18,6 +19,12 @@ class UsageError(Exception):
 
 class RunFailed(Exception):
     """A run that a recipe started ended without results: the message says why, and where its output is."""
+
+
+def suggest(name: str, known: set[str], prefix: str = "") -> str:
+    """End a message on an unknown name by the known one that may have been meant, if one is like it."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 
 def reports_usage_errors(main: Callable[[], None]) -> Callable[[], None]:

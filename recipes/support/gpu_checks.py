@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import hf_padam
 from hf_padam.optim.backends import BACKENDS, eager
-from hf_padam.optim.update import Rounding, initial_s, prepare
+from hf_padam.optim.random_bits import Rounding
+from hf_padam.optim.update import initial_s, prepare
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = REPOSITORY / "recipes"
@@ -57,6 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def parity(device: torch.device, backend: str = "triton", elements: int = 100_003) -> Figures:
     """Step the same tensors with the backend and eagerly: all dtypes, both importances, with and without rounding."""
     worst: dict[str, float] = {}
+    ways: tuple[Callable[..., None], ...] = (eager.step, BACKENDS[backend].step)
     for (name, dtypes), rounds in itertools.product(DTYPES.items(), (False, True)):
         for variant, options in VARIANTS.items() if not rounds or dtypes[0] == torch.bfloat16 else ():
             for p_norm in (0.8, 0.5, 1.0, 3.0) + ((-1.0, -math.inf) if variant != "s" else ()):
@@ -66,7 +68,7 @@ def parity(device: torch.device, backend: str = "triton", elements: int = 100_00
                 raw = [torch.randn(elements, generator=generator) / 10 for _ in dtypes]
                 raw[3] = raw[3].square() + 1e-6
                 results = []
-                for take_step in (eager.step, BACKENDS[backend].step):
+                for take_step in ways:
                     own = [t.to(device, dtype, copy=True) for t, dtype in zip(raw, dtypes, strict=True)]
                     s = [initial_s(own[0], p_norm)] if variant == "s" else None
                     lists = [[t] for t in own]

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from hf_padam.files import staged, write_atomically
+from hf_padam.files import write_atomically
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
+from .pictures import save
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 """What AdamW is called as `optim`: a loop over the weights, and one kernel for them."""
@@ -194,13 +194,14 @@ class Comparison:
         methods: dict[str, list[Point]] = {}
         for point in self.points:
             methods.setdefault(point.method, []).append(point)
-        figure, axis = plt.subplots(figsize=(8, 5))
+        figure = Figure(figsize=(8, 5))
+        axis = figure.subplots()
         markers = "osD^v<>PX*hd"
         for i, (method, points) in enumerate(methods.items()):
             points = sorted(points, key=lambda p: p.sparsity)
             x, y = [100 * p.sparsity for p in points], [p.loss for p in points]
             low_high = [[p.loss - min(p.losses) for p in points], [max(p.losses) - p.loss for p in points]]
-            color, marker = plt.get_cmap("tab20")(i % 20), markers[i % len(markers)]
+            color, marker = colormaps["tab20"](i % 20), markers[i % len(markers)]
             width = 0 if method in self._unconnected else 1.3
             axis.errorbar(
                 x, y, yerr=low_high, label=method, color=color, marker=marker, markersize=5, linewidth=width, capsize=2
@@ -212,10 +213,7 @@ class Comparison:
         axis.set(xlabel="exact zeros among the decayed weights (%)", ylabel="validation loss (nats per token)")
         axis.set_title(title)
         axis.legend(fontsize=8)
-        figure.tight_layout()
-        with staged(path) as temporary:
-            figure.savefig(temporary, dpi=110)
-        plt.close(figure)
+        save(figure, path, dpi=110)
 
 
 def setting(options: Mapping[str, Any]) -> str:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from hf_padam import PAdam, PAdamTrainer
-from hf_padam.optim.eight_bit import PAdam8bit
+from hf_padam import PAdam, PAdam8bit, PAdamTrainer
 from hf_padam.training.registration import OPTIMIZERS
 
 from .calibration import linear_weights, prune_calibrated

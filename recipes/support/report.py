@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any
 import accelerate
 import datasets
 import evaluate
-import matplotlib
 import torch
 import transformers
 from rich.console import Console
@@ -26,56 +24,19 @@ from transformers.training_args import OptimizerNames
 
 import hf_padam
 from hf_padam import PAdamTrainingArguments
-from hf_padam.files import staged, write_atomically
-from hf_padam.optim.target_sparsity import steering_of
-from hf_padam.sparsity import (
-    NEAR_ZERO,
-    TensorCount,
-    count_model_zeros,
-    count_zeros,
-    local_shard,
-    sum_over_shards,
-    summarize,
-)
+from hf_padam.files import write_atomically
+from hf_padam.optim import steering_of
+from hf_padam.sparsity import NEAR_ZERO, TensorCount, count_model_zeros, summarize
 from hf_padam.training.other_optimizers import asks_for_decay
 
-from .arguments import save_config
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from .config_files import save_config
+from .pictures import Magnitudes, draw_layers, draw_magnitudes, draw_training
 
 RESULT_KEYS = (
     "validation_loss", "validation_perplexity", "sparsity", "sparsity_total", "decayed_parameters", "total_parameters",
     "train_steps", "train_tokens_per_second", "seed",
 )  # fmt: skip
 """What every recipe's `results.json` holds at least. Losses in nats per token, sparsities as shares of exact zeros."""
-
-_MAGNITUDE_RANGE = (-10.0, 1.0)  # log10 of the magnitudes that are drawn
-_BINS = 220
-
-
-@dataclass
-class Magnitudes:
-    """A histogram of log10 |w| over the non-zero decayed weights, and the number of zeros among them."""
-
-    counts: torch.Tensor
-    zeros: int
-    elements: int
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, model: nn.Module, decayed: list[str]) -> Magnitudes:
-        """Count a model's decayed weights."""
-        tensors = {name: param for name, param in model.named_parameters() if name in decayed}
-        totals = count_zeros(tensors)
-        counts = torch.zeros(_BINS)
-        low, high = _MAGNITUDE_RANGE
-        for tensor in tensors.values():
-            local, sharding = local_shard(tensor)
-            logs = local[local != 0].float().abs().log10().clamp(low, high)
-            counts += sum_over_shards(torch.histc(logs, bins=_BINS, min=low, max=high), sharding).cpu()
-        return cls(counts, sum(c.zeros for c in totals), sum(c.elements for c in totals))
 
 
 @dataclass
@@ -105,9 +66,9 @@ def write_report(directory: Path, run: Run) -> None:
     missing = [key for key in RESULT_KEYS if key not in run.results]
     if missing:
         raise KeyError(f"results lack {', '.join(missing)}")
-    _draw_training(directory / "training.png", run)
-    _draw_magnitudes(directory / "weight_magnitudes.png", run)
-    _draw_layers(directory / "sparsity_by_layer.png", run)
+    draw_training(directory / "training.png", run.history)
+    draw_magnitudes(directory / "weight_magnitudes.png", run.before, run.after)
+    draw_layers(directory / "sparsity_by_layer.png", run.counts)
     rows = _rows(run)
     write_atomically(directory / "report.md", _markdown(run, rows))
     # Last: whoever finds results.json finds all the rest.
@@ -263,64 +224,3 @@ def _markdown(run: Run, rows: list[tuple[str, str, str]]) -> str:
     ):
         lines += [f"![{caption}]({picture})", ""]
     return "\n".join(lines)
-
-
-def _draw_training(path: Path, run: Run) -> None:
-    losses = [(row["step"], row["loss"]) for row in run.history if "loss" in row]
-    sparsities = [(row["step"], 100 * row["sparsity"]) for row in run.history if "sparsity" in row and "loss" in row]
-    evaluations = [(row["step"], math.log(row["eval_perplexity"])) for row in run.history if "eval_perplexity" in row]
-    figure, axis = plt.subplots(figsize=(7, 4))
-    if losses:
-        axis.plot(*zip(*losses, strict=True), color="tab:blue", label="training loss")
-    if evaluations:
-        axis.plot(*zip(*evaluations, strict=True), "o", color="tab:orange", label="validation loss")
-    axis.set(xlabel="step", ylabel="loss (nats per token)")
-    other = axis.twinx()
-    if sparsities:
-        other.plot(*zip(*sparsities, strict=True), color="tab:green", label="zeros")
-    other.set_ylabel("zeros among the decayed weights (%)")
-    other.set_ylim(bottom=0)
-    handles = [line for a in (axis, other) for line in a.get_lines()]
-    axis.legend(handles, [str(line.get_label()) for line in handles], loc="upper center", ncols=3)
-    axis.margins(y=0.2)
-    _save(figure, path)
-
-
-def _draw_magnitudes(path: Path, run: Run) -> None:
-    low, high = _MAGNITUDE_RANGE
-    edges = torch.linspace(low, high, _BINS + 1)
-    centers = (10 ** ((edges[:-1] + edges[1:]) / 2)).tolist()
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for magnitudes, label, color in ((run.before, "before", "tab:gray"), (run.after, "after", "tab:green")):
-        shares = (magnitudes.counts / magnitudes.elements * 100).tolist()
-        zeros = 100 * magnitudes.zeros / magnitudes.elements
-        axis.step(centers, shares, where="mid", color=color, label=f"{label}: {zeros:.1f} % exactly zero")
-    axis.set(xscale="log", yscale="log", xlabel="magnitude of a decayed weight", ylabel="share of weights per bin (%)")
-    axis.legend()
-    _save(figure, path)
-
-
-def _draw_layers(path: Path, run: Run) -> None:
-    """Draw a map of kinds of weights by layers, the first number in a weight's name; without one, all is layer 0."""
-    cells: dict[str, dict[int, float]] = {}
-    for count in run.counts:
-        if count.decayed:
-            match = re.search(r"\.(\d+)\.", count.name)
-            kind = re.sub(r"\.\d+\.", ".N.", count.name, count=1).rpartition(".N.")[2].removesuffix(".weight")
-            cells.setdefault(kind, {})[int(match[1]) if match else 0] = 100 * count.sparsity
-    layers = max(max(by_layer) for by_layer in cells.values()) + 1
-    grid = [[by_layer.get(layer, math.nan) for layer in range(layers)] for by_layer in cells.values()]
-    figure, axis = plt.subplots(figsize=(max(4.0, 2.5 + 0.28 * layers), 1.5 + 0.32 * len(cells)))
-    image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
-    axis.set_yticks(range(len(cells)), list(cells))
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_xlabel("layer")
-    figure.colorbar(image, label="exact zeros (%)")
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    with staged(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)

@@ -23,7 +23,7 @@ import yaml
 from hf_padam.files import write_atomically
 from hf_padam.resuming.interruption import EXIT_STATUS
 
-from .arguments import as_arguments
+from .config_files import as_arguments
 from .errors import RunFailed, UsageError
 
 Options = dict[str, Any]

@@ -8,7 +8,8 @@ from test_update import CPU_BACKENDS
 
 from hf_padam import PAdam
 from hf_padam.optim.backends import BACKENDS, eager
-from hf_padam.optim.update import Rounding, prepare, random_bits, random_key, round_stochastically
+from hf_padam.optim.random_bits import Rounding, random_bits, random_key
+from hf_padam.optim.update import prepare, round_stochastically
 
 DRAWS = 10**6
 

@@ -22,8 +22,9 @@ import sweep
 import torch
 import yaml
 from conftest import REPOSITORY, TEXT, tiny_gpt2, tiny_llama
-from support.arguments import DataArguments, ModelArguments, as_arguments, parse_arguments
+from support.arguments import DataArguments, ModelArguments, parse_arguments
 from support.characters import Blocks, character_tokenizer, collate_blocks, encode
+from support.config_files import as_arguments
 from support.errors import UsageError
 from support.importance_scores import prune_by_wanda
 from support.pareto import Comparison, Point, differences, loss_at, pareto_front
@@ -134,7 +135,9 @@ def test_a_strength_takes_the_place_of_a_config_files_target_and_the_reverse(tmp
     assert (args.target_sparsity, args.lambda_p) == (None, 0)
     *_, args = parse_arguments("", *kinds, argv=[file])
     assert (args.target_sparsity, args.lambda_p) == (0.5, None)
-    (tmp_path / "strength.yaml").write_text(f"train_file: {file}\noutput_dir: {tmp_path}\nlambda_p: 0.3\np_norm: 0.3\n")
+    (tmp_path / "strength.yaml").write_text(
+        f"train_file: {file}\noutput_dir: {tmp_path}\nlambda_p: 0.3\np_norm: 0.3\n"
+    )
     *_, args = parse_arguments("", *kinds, argv=[str(tmp_path / "strength.yaml"), "--target_sparsity", "0.2"])
     assert (args.target_sparsity, args.lambda_p, args.p_norm) == (0.2, None, 0.3)
 

@@ -16,7 +16,8 @@ import torch
 import yaml
 from conftest import REPOSITORY, TEXT
 from support import wheels
-from support.arguments import DataArguments, ModelArguments, parse_arguments, save_config
+from support.arguments import DataArguments, ModelArguments, parse_arguments
+from support.config_files import save_config
 from support.report import RESULT_KEYS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -13,7 +13,8 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from hf_padam import PAdamOptions, PAdamTrainer, PAdamTrainingArguments
 from hf_padam.optim.any_optimizer import has_pnorm_decay
 from hf_padam.resuming.checkpoints import CheckpointError
-from hf_padam.training.options import FIELDS, OPTIONS, parse_optim_args
+from hf_padam.training.optim_args import parse_optim_args
+from hf_padam.training.options import FIELDS, OPTIONS
 from hf_padam.training.registration import optimizer_options
 
 

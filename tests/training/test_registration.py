@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 
 import hf_padam
 from hf_padam import PAdam, PAdamTrainingArguments, registration
-from hf_padam.training.registration import parse_optim_args
+from hf_padam.training.optim_args import parse_optim_args
 
 
 def arguments(tmp_path, cls=TrainingArguments, **options):

@@ -8,13 +8,14 @@ import pytest
 import torch
 import yaml
 from conftest import blocks, tiny_gpt2, tiny_llama
-from support.arguments import parse_arguments, save_config
+from support.arguments import parse_arguments
+from support.config_files import save_config
 from transformers import Trainer, TrainingArguments
 
 from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments, TargetSparsity, decayed_parameters, get_param_groups
 from hf_padam.optim.target_sparsity import steering_of
 from hf_padam.resuming.checkpoints import CheckpointError
-from hf_padam.training.options import parse_optim_args
+from hf_padam.training.optim_args import parse_optim_args
 
 SHARES = {"mlp": 0.8, "attn": 0.5}
 

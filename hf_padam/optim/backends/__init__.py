@@ -2,7 +2,7 @@
 
     step(params, grads, exp_avgs, exp_avg_sqs, scalars, rounding=None, s=None, kept=None) -> None
         Lists of plain tensors, aligned, of one device and one dtype per list; updated in place, gradients only read.
-        `scalars` is an `update.Scalars`, the same for all of them; `rounding`, an `update.Rounding`, asks for
+        `scalars` is an `update.Scalars`, the same for all of them; `rounding`, a `random_bits.Rounding`, asks for
         stochastic rounding of what is bf16; `s`, one more list of tensors, goes with `scalars.s_rate` below 1.
         `kept`, a dict, is for what a backend wants to keep between steps. The caller hands it over, empty at first,
         with tensors of the same number, dtypes, sizes and layouts, at the same addresses but for those of gradients;

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..update import Rounding, initial_s, prepare, random_key
+from ..random_bits import Rounding, random_key
+from ..update import initial_s, prepare
 from . import eager
 
 

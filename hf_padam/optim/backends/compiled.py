@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..update import Form, Rounding, Scalars, exact_power, random_bits, update_
+from ..random_bits import Rounding, random_bits
+from ..update import Form, Scalars, exact_power, update_
 from .checks import PLAIN, KernelError, disagreement, summary
 from .fast_power import LARGEST_EXPONENT, PARTS, SMALLEST_EXPONENT, fast_power, split_exponent
 

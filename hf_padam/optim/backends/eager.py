@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..update import Rounding, Scalars, random_bits, update_
+from ..random_bits import Rounding, random_bits
+from ..update import Scalars, update_
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..update import Rounding, Scalars
+from ..random_bits import Rounding
+from ..update import Scalars
 from . import eager
 from .checks import KernelError, disagreement, lacks_memory, summary
 from .fast_power import exponent_parts

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..update import FLUSH_THRESHOLD, LARGEST, MULTIPLIERS, Form
+from ..random_bits import MULTIPLIERS
+from ..update import FLUSH_THRESHOLD, LARGEST, Form
 
 NONE, HOLD, HARD, MINUS_ONE, ZERO, HALF, ONE, THREE_HALVES, TWO, BELOW_TWO, ABOVE_TWO = (
     tl.constexpr(i) for i in range(len(Form))
@@ -93,7 +94,7 @@ def inverse_factor(
 
 @triton.jit
 def random_bits(position, tensor_key, step_key):
-    """Return 32 random bits for each element, see `update.random_bits`."""
+    """Return 32 random bits for each element, see `random_bits.random_bits`."""
     tensor_key, step_key = tensor_key.to(tl.uint32, bitcast=True), step_key.to(tl.uint32, bitcast=True)
     x = position.to(tl.uint32) ^ tensor_key
     x = (x ^ (x >> 16)) * _MULTIPLIER1

@@ -1,0 +1,49 @@
+"""The options of a target sparsity: their defaults, the ranges they must be in, and what they exclude."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .hyperparameters import is_number
+from .schedules import FINAL
+
+DEFAULT_START, DEFAULT_END = 0.2, 0.75
+"""Of the ramp, as shares of the training. What dies at once dies before the gradient has said whether it is needed."""
+
+SCOPES = ("global", "layer")
+
+
+def check_steerable(group: Mapping[str, Any]) -> None:
+    """Check that zeros can be made with a parameter group's options, and that they stay.
+
+    Raises:
+        ValueError: If not.
+    """
+    if FINAL in group:
+        raise ValueError("target_sparsity and a p-schedule exclude each other: the path is planned for one p")
+    for option, plain in (("late_decay", False), ("s_rate", 1.0), ("p_norm_schedule", "constant")):
+        if group.get(option, plain) != plain:
+            raise ValueError(
+                f"target_sparsity and {option}={group[option]!r} exclude each other: the path to the target is "
+                "planned for the plain decay. Drop one of them"
+            )
+    if group["p_norm"] >= 2:
+        raise ValueError(f"p_norm={group['p_norm']} makes no zeros, so no target_sparsity can be reached: take p < 2")
+
+
+def check_plan(target: float, start: float, end: float) -> None:
+    """Check the numbers of a plan.
+
+    Raises:
+        ValueError: Naming the one that is out of range.
+    """
+    if not is_number(target) or not 0 < target < 1:
+        raise ValueError(
+            f"target_sparsity={target!r} is not allowed: it must be a share of zeros, above 0 and below 1"
+        )
+    if not 0 <= start <= end <= 1:
+        raise ValueError(
+            f"target_start={start!r} and target_end={end!r} are not allowed: they are shares of the training steps, "
+            "0 <= start <= end <= 1"
+        )
