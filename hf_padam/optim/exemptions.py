@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .hyperparameters import is_number
+from .hyperparameters import is_number, named
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def warn_of_vectors(groups: Iterable[dict[str, Any]]) -> None:
         (name, param)
         for group in groups
         if group["lambda_p"] > 0 and group["p_norm"] < 2
-        for name, param in zip(_names(group), group["params"], strict=True)
+        for name, param in named(group)
     ]
     vectors = [name for name, param in decaying if param.dim() == 1 and not _is_shard(param)]
     if vectors and len(vectors) < len(decaying):
@@ -56,11 +56,6 @@ def warn_of_vectors(groups: Iterable[dict[str, Any]]) -> None:
             len(vectors),
             ", ".join(vectors[:5]) + (", ..." if len(vectors) > 5 else ""),
         )
-
-
-def _names(group: dict[str, Any]) -> list[str]:
-    names = group.get("param_names")
-    return names or [f"number {i} of its group, of shape {tuple(p.shape)}" for i, p in enumerate(group["params"])]
 
 
 def _is_shard(param: Tensor) -> bool:

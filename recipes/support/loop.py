@@ -11,11 +11,17 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 
 from hf_padam.optim.schedules import check_schedule
-from hf_padam.resuming.checkpoints import loading, resolve_checkpoint, rotate_checkpoints, staged_checkpoint
+from hf_padam.resuming.checkpoints import (
+    CheckpointError,
+    loading,
+    resolve_checkpoint,
+    rotate_checkpoints,
+    staged_checkpoint,
+)
 from hf_padam.resuming.settings import check_decayed, check_world_size, hyperparameters, warn_of_other_settings
 from hf_padam.training.distillation import Distillation, check_distillation_options, shifts_labels
 from hf_padam.training.distilling_trainer import check_teacher
-from hf_padam.training.options import PAdamOptions, check_target, with_defaults
+from hf_padam.training.options import PAdamOptions, check_target, has_target, with_defaults
 from hf_padam.training.teacher import Teacher
 
 from .errors import UsageError
@@ -135,6 +141,7 @@ class Progress:
         check_world_size(checkpoint, saved["processes"], processes, kind)
         check_decayed(checkpoint, _decayed(saved), _decayed(self._settings))
         check_teacher(str(checkpoint), saved, self._settings)
+        check_steered(checkpoint, saved, self._settings)
         asked = hyperparameters(optimizer)
         with loading(checkpoint):
             self._accelerator.load_state(str(checkpoint))
@@ -149,6 +156,32 @@ class Progress:
             self._accelerator.save_state(str(staging))
         if self._accelerator.is_main_process:
             rotate_checkpoints(checkpoint, limit, state_file=PROGRESS_FILE)
+
+
+def check_steered(checkpoint: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    """Check that a run is steered to zeros as the one that saved a checkpoint was: its optimizer's state says to what.
+
+    Args:
+        checkpoint: Named in the error.
+        saved: The options of that run; those of a version before 0.2 have no `importance`.
+        given: Of this one.
+
+    Raises:
+        CheckpointError: If it is not.
+    """
+    absent = {"target_sparsity": None, "target_pattern": None}
+    was, will_be = has_target(absent | saved), has_target(absent | given)
+    fresh = "or start a new run with its weights as the model"
+    if was != will_be:
+        had, do = ("a", "give it here too") if was else ("no", "leave it out")
+        raise CheckpointError(
+            f"{checkpoint} was saved by a run with {had} target_sparsity or target_pattern: {do}, {fresh}"
+        )
+    if was and "importance" not in saved:
+        raise CheckpointError(
+            f"{checkpoint} was saved by hf_padam before 0.2, whose steering to a target_sparsity cannot be continued "
+            f"here: finish the run with that version, {fresh}"
+        )
 
 
 def _decayed(settings: dict[str, Any]) -> str:

@@ -10,10 +10,12 @@ import sys
 import pytest
 import torch
 from conftest import blocks, options, tiny_llama
+from support.loop import check_steered
 from transformers import Trainer, TrainingArguments
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
 from hf_padam.optim.target_sparsity import EARLIER_STATE
+from hf_padam.resuming.checkpoints import CheckpointError
 
 ADDED_FIELDS = (
     "importance",
@@ -101,3 +103,26 @@ def test_arguments_that_were_pickled_load_and_mean_what_they_meant(tmp_path, mon
     assert result.returncode == 0, result.stderr
     expected = {"p_norm": 0.8, "importance": "magnitude", "target_sparsity": 0.6, "distill_from": None}
     assert result.stdout.strip() == str(expected)
+
+
+STEERED, FREE = {"target_sparsity": 0.6, "importance": None}, {"target_sparsity": None, "importance": None}
+
+
+@pytest.mark.parametrize(
+    ("saved", "given", "message"),
+    [
+        (STEERED, STEERED, None),
+        (FREE, FREE, None),
+        ({"target_sparsity": None}, FREE, None),
+        ({"target_sparsity": 0.6}, STEERED, "saved by hf_padam before 0.2, whose steering"),
+        (FREE, STEERED, "a run with no target_sparsity"),
+        (FREE, FREE | {"target_pattern": "2:4"}, "a run with no target_sparsity"),
+        (STEERED, FREE, "a run with a target_sparsity"),
+    ],
+)
+def test_the_loop_refuses_a_checkpoint_that_was_steered_otherwise(saved, given, message):
+    if message is None:
+        check_steered("checkpoint-5", saved, given)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        check_steered("checkpoint-5", saved, given)
