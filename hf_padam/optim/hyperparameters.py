@@ -62,6 +62,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer, NumPy's included; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_hyperparameters(values: dict[str, Any]) -> None:
     """Check that each hyperparameter is a number in its range.
 

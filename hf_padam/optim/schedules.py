@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from numbers import Integral
 from typing import Any
 
-from .hyperparameters import check_not_all_zeros, is_number, named
+from .hyperparameters import check_not_all_zeros, is_integer, is_number, named
 
 SHAPES = ("constant", "linear", "cosine")
 DEFAULT_START, DEFAULT_SHARE = 2.0, 0.5
@@ -136,9 +135,9 @@ class PNormScheduler:
     ) -> None:
         """Set p for the first step."""
         check_schedule(start, share, shape)
-        if not isinstance(total_steps, Integral) or total_steps < 1:
+        if not is_integer(total_steps) or total_steps < 1:
             raise ValueError(f"total_steps={total_steps!r} is not allowed: it must be an integer of at least 1")
-        self.optimizer, self._settings = optimizer, (total_steps, start, share, shape)
+        self.optimizer, self._settings = optimizer, (int(total_steps), start, share, shape)
         self.last_step = 0
         self.step(0)
 

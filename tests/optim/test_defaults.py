@@ -138,12 +138,13 @@ def test_numbers_of_numpy_do_what_floats_do_and_leave_no_trace_in_checkpoints(bu
             optimizer.step()
             if isinstance(helper, PNormScheduler):
                 helper.step()
-        torch.save(optimizer.state_dict(), tmp_path / "state.pt")
-        states.append(torch.load(tmp_path / "state.pt", weights_only=True))  # which takes Python's numbers only
-    groups = [[{k: v for k, v in g.items() if v == v} for g in state["param_groups"]] for state in states]
-    assert groups[0] == groups[1]
+            if step in (5, 11):
+                torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+                states.append(torch.load(tmp_path / "state.pt", weights_only=True))  # it takes Python's numbers only
+    groups = [state["param_groups"] for state in states]
+    assert groups[:2] == groups[2:]
     moments = [[t for s in state["state"].values() for t in s.values()] for state in states]
-    assert all(map(torch.equal, *moments))
+    assert all(map(torch.equal, moments[0] + moments[1], moments[2] + moments[3]))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, np.int64])
