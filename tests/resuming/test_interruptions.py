@@ -21,7 +21,7 @@ from test_recipes import RECIPES, run_recipe, write_config
 from transformers import TrainerCallback
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
-from hf_padam.resuming import interruption
+from hf_padam.resuming import interruption, resumable
 
 
 def kill_test(*arguments: object, timeout: int) -> dict:
@@ -79,14 +79,22 @@ def weights(model):
     return torch.cat([param.detach().flatten() for param in model.parameters()])
 
 
-def test_sigterm_in_a_users_script_saves_and_exits_with_143(tmp_path, caplog):
+@pytest.fixture
+def warnings_said(monkeypatch):
+    """What the Trainer warns of, whatever other tests have done to the loggers of this process."""
+    said = []
+    monkeypatch.setattr(resumable.logger, "warning", lambda text, *values: said.append(text % values))
+    return said
+
+
+def test_sigterm_in_a_users_script_saves_and_exits_with_143(tmp_path, warnings_said):
     whole = trainer_for(tmp_path / "whole")
     whole.train()
     stopped = trainer_for(tmp_path / "stopped")
     stopped.add_callback(At(4, lambda _: signal.raise_signal(signal.SIGTERM)))
     with pytest.raises(SystemExit) as stop:
         stopped.train()
-    assert stop.value.code == 143 and "SIGTERM: saved checkpoint-5" in caplog.text
+    assert stop.value.code == 143 and "SIGTERM: saved checkpoint-5" in " ".join(warnings_said)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     resumed = trainer_for(tmp_path / "stopped")
     resumed.train(resume_from_checkpoint=True)
@@ -94,7 +102,7 @@ def test_sigterm_in_a_users_script_saves_and_exits_with_143(tmp_path, caplog):
     assert rows(resumed) == rows(whole)
 
 
-def test_sigterm_in_the_last_evaluation_saves_too(tmp_path, caplog):
+def test_sigterm_in_the_last_evaluation_saves_too(tmp_path, warnings_said):
     """After the last step's end, when a Trainer asks for nothing more."""
 
     class Evaluated(TrainerCallback):
@@ -106,7 +114,7 @@ def test_sigterm_in_the_last_evaluation_saves_too(tmp_path, caplog):
     stopped.add_callback(Evaluated())
     with pytest.raises(SystemExit) as stop:
         stopped.train()
-    assert stop.value.code == 143 and "SIGTERM: saved checkpoint-8" in caplog.text
+    assert stop.value.code == 143 and "SIGTERM: saved checkpoint-8" in " ".join(warnings_said)
     resumed = trainer_for(tmp_path)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 8 and torch.equal(weights(resumed.model), weights(stopped.model))
