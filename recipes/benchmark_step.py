@@ -24,6 +24,7 @@ parameters, take AdamW's step, then decay in a second pass. A first step with no
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -38,7 +39,7 @@ from support.step_table import Row, draw, show
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_padam import PAdam
+from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments
 from hf_padam.files import write_atomically
 from hf_padam.optim.backends import BACKENDS
 
@@ -171,23 +172,48 @@ class Clock(TrainerCallback):
 def time_trainer(
     model: str, dtype: str, steps: int, batch: int, length: int, device: torch.device, scratch: str
 ) -> list[Row]:
-    """Train for `steps` steps with either optimizer, twice in turn; the first two steps of each run do not count."""
+    """Train for `steps` steps in each way, twice in turn; the first two steps of each run do not count.
+
+    On a GPU under bf16 autocast, with the highest memory of each. The teacher of "distilled" is as large as the model.
+    """
     torch.manual_seed(0)
-    network = build(model).to(DTYPES[dtype])
+    network, teacher = (build(model).to(DTYPES[dtype]) for _ in range(2))
     ids = torch.randint(2, MODELS[model].get("vocab_size", 50257), (batch * steps, length)).tolist()
     data = [dict(input_ids=row, labels=row) for row in ids]
-    durations: dict[str, list[float]] = {"adamw_torch_fused": [], "padam": []}
-    for name in [*durations] * 2:
-        clock = Clock()
-        quiet: dict[str, Any] = dict(report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True)
-        args = TrainingArguments(scratch, optim=name, max_steps=steps, per_device_train_batch_size=batch, **quiet)
-        Trainer(model=network, args=args, train_dataset=data, callbacks=[clock]).train()
+    on_gpu = device.type == "cuda"
+    common: dict[str, Any] = dict(
+        output_dir=scratch, max_steps=steps, per_device_train_batch_size=batch, report_to=[], save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, bf16=on_gpu,
+    )  # fmt: skip
+    distilling: dict[str, Any] = dict(optim="padam", distill_from="teacher", distill_dtype="bfloat16")
+    ways: dict[str, Callable[[], Trainer]] = {
+        "adamw_torch_fused": lambda: Trainer(network, TrainingArguments(optim="adamw_torch_fused", **common)),
+        "padam": lambda: Trainer(network, TrainingArguments(optim="padam", **common)),
+        "padam, distilled": lambda: PAdamTrainer(
+            network, PAdamTrainingArguments(**distilling, **common), teacher=teacher
+        ),
+    }
+    durations: dict[str, list[float]] = {name: [] for name in ways}
+    peaks: dict[str, int | None] = {name: None for name in ways}
+    for name in [*ways] * 2:
+        clock, trainer = Clock(), ways[name]()
+        trainer.add_callback(clock)
+        trainer.train_dataset = data  # type: ignore[assignment]
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+        if on_gpu:
+            peaks[name] = torch.cuda.max_memory_allocated()
         durations[name] += [b - a for a, b in zip(clock.ends[1:], clock.ends[2:], strict=False)]
+        network.zero_grad(set_to_none=True)
+        del trainer
+        teacher.to("cpu")
+        gc.collect()  # the optimizer's state, which a cycle holds
     medians = {name: statistics.median(values) for name, values in durations.items()}
     fused = medians["adamw_torch_fused"]
     return [dict(model=model, dtype=dtype, device=device.type, p_norm=None, optimizer=f"Trainer {name}",
                  milliseconds=1e3 * median, ratio_to_fused_adamw=median / fused, gb_per_s=None, peak_extra_bytes=None,
-                 first_step_seconds=None, tokens_per_s=batch * length / median)
+                 first_step_seconds=None, tokens_per_s=batch * length / median, peak_bytes=peaks[name])
             for name, median in medians.items()]  # fmt: skip
 
 

@@ -27,6 +27,7 @@ AIMS = (
     ("PAdam triton", "ratio_to_fused_adamw", 1.05, "a step takes at most 1.05 of fused AdamW's time"),
     ("Trainer padam", "ratio_to_fused_adamw", 1 / 0.98,
      "the Trainer makes at least 0.98 of fused AdamW's tokens a second"),
+    ("Trainer padam, distilled", "ratio_to_fused_adamw", 1.4, "a distilled step takes at most 1.4 of fused AdamW's"),
 )  # fmt: skip
 """An optimizer of `benchmark_step.py`, a key of its rows, the most that it should be, and what that means."""
 
@@ -113,7 +114,7 @@ def markdown(named: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
             lines += ["```", r["error"], "```"] if not r["passed"] else []
     if rows:
         keys = ("model", "dtype", "p_norm", "optimizer", "milliseconds", "ratio_to_fused_adamw", "gb_per_s",
-                "peak_extra_bytes", "tokens_per_s")  # fmt: skip
+                "peak_extra_bytes", "tokens_per_s", "peak_bytes")  # fmt: skip
         lines += ["", "## times", "", f"| {' | '.join(keys)} |", "|---" * len(keys) + "|"]
         for row in rows:
             cells = [row.get(key) for key in keys]

@@ -15,7 +15,7 @@ Row = dict[str, Any]
 def show(rows: list[Row]) -> None:
     """Print the table."""
     table = Table(
-        "model", "dtype", "p", "optimizer", "ms", "x fused AdamW", "GB/s", "extra MB", "first step s", "tokens/s"
+        "model", "dtype", "p", "optimizer", "ms", "x fused AdamW", "GB/s", "extra MB", "first step s", "tokens/s", "peak GB"
     )
 
     def number(value: float | None, digits: int) -> str:
@@ -23,9 +23,10 @@ def show(rows: list[Row]) -> None:
 
     for r in rows:
         extra = None if r["peak_extra_bytes"] is None else r["peak_extra_bytes"] / 1e6
+        peak = r["peak_bytes"] / 1e9 if r.get("peak_bytes") else None
         table.add_row(r["model"], r["dtype"], str(r["p_norm"] or ""), r["optimizer"], number(r["milliseconds"], 1),
                       number(r["ratio_to_fused_adamw"], 2), number(r["gb_per_s"], 1), number(extra, 1),
-                      number(r["first_step_seconds"], 2), number(r.get("tokens_per_s"), 0))  # fmt: skip
+                      number(r["first_step_seconds"], 2), number(r.get("tokens_per_s"), 0), number(peak, 2))  # fmt: skip
     Console(width=130).print(table)
 
 
