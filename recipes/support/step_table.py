@@ -14,9 +14,8 @@ Row = dict[str, Any]
 
 def show(rows: list[Row]) -> None:
     """Print the table."""
-    table = Table(
-        "model", "dtype", "p", "optimizer", "ms", "x fused AdamW", "GB/s", "extra MB", "first step s", "tokens/s", "peak GB"
-    )
+    table = Table("model", "dtype", "p", "optimizer", "ms", "x fused AdamW", "GB/s", "extra MB", "first step s",
+                  "tokens/s", "peak GB")  # fmt: skip
 
     def number(value: float | None, digits: int) -> str:
         return "" if value is None else f"{value:.{digits}f}"
@@ -26,8 +25,9 @@ def show(rows: list[Row]) -> None:
         peak = r["peak_bytes"] / 1e9 if r.get("peak_bytes") else None
         table.add_row(r["model"], r["dtype"], str(r["p_norm"] or ""), r["optimizer"], number(r["milliseconds"], 1),
                       number(r["ratio_to_fused_adamw"], 2), number(r["gb_per_s"], 1), number(extra, 1),
-                      number(r["first_step_seconds"], 2), number(r.get("tokens_per_s"), 0), number(peak, 2))  # fmt: skip
-    Console(width=130).print(table)
+                      number(r["first_step_seconds"], 2), number(r.get("tokens_per_s"), 0),
+                      number(peak, 2))  # fmt: skip
+    Console(width=140).print(table)
 
 
 def draw(rows: list[Row], path: str) -> None:
