@@ -63,6 +63,9 @@ class Plan:
     Args:
         optimizer: A `PAdam`, with the state of each parameter that has a gradient.
         grads: Of all its parameters, as `gradients` returns them.
+
+    Raises:
+        ValueError: If a state has not the shape of its parameter.
     """
 
     def __init__(self, optimizer: Any, grads: list[Tensor | None]) -> None:
@@ -84,6 +87,7 @@ class Plan:
         own_params, own_grads = [params[place] for place in active], [grad for grad in grads if grad is not None]
         moments = [_local(values) for values in self._kept(states)[1:]]
         tensors = Tensors(_local(own_params), own_grads, *moments)
+        _check_shapes(tensors)
         owned = [(owners[place], place, groups[owners[place]]) for place in active]
         self.buckets = self._sorted(owned, own_params, states, tensors)
         self.elements: defaultdict[torch.device, int] = defaultdict(int)  # on each device
@@ -188,6 +192,17 @@ class Plan:
         addresses = [list(map(Tensor.data_ptr, values)) for values in lists]
         sizes, layouts = list(map(Tensor.numel, tensors.grads)), list(map(Tensor.stride, tensors.grads))
         return addresses, sizes, layouts, list(map(attrgetter("dtype"), tensors.grads))
+
+
+def _check_shapes(tensors: Tensors) -> None:
+    """Check states before kernels go by the parameters' sizes alone, past the end of what is smaller."""
+    for name, values in zip((*MOMENTS, "s"), tensors[2:], strict=True):
+        for param, value in zip(tensors.params, values or [], strict=bool(values)):
+            if value is not None and value.shape != param.shape:
+                raise ValueError(
+                    f"{name} of a parameter of shape {tuple(param.shape)} has the shape {tuple(value.shape)}: "
+                    "the loaded state is of other parameters"
+                )
 
 
 def _options(optimizer: Any) -> list[tuple]:

@@ -178,12 +178,42 @@ def test_the_random_bits_of_the_last_row_are_those_of_its_place_in_a_tensor_of_a
     tensors = tuple(torch.empty(elements, dtype=torch.bfloat16, device="meta") for _ in range(4))
     starts = []
 
-    def kernel(arguments):
+    def kernel(rows, *arguments):
         starts.append(int(arguments[-1][2]))
 
     compiled._step_irregular(kernel, tensors, [torch.zeros(3), torch.tensor([1, 2, 0], dtype=torch.int32)])
     place = torch.tensor(elements // 64 * 64).to(torch.int32).item()
     assert starts == [0, place]
+
+
+@needs_compiler
+@pytest.mark.parametrize("s_rate", [1.0, 0.3])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_the_function_called_without_its_wrapper_does_what_it_does_with_it(monkeypatch, s_rate, stochastic):
+    """Were the order of its arguments learnt wrongly, or not at all, one of the two would differ, or be slow."""
+    from hf_padam.optim.backends import inductor
+
+    learnt, results = [], []
+
+    def watched(*args):
+        learnt.append(without_wrapper(*args))
+        return learnt[-1] if not results else None
+
+    without_wrapper = inductor._without_wrapper
+    monkeypatch.setattr(inductor, "_without_wrapper", watched)
+    for _ in range(2):
+        compiled._kernel.cache_clear()
+        generator = torch.Generator().manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(70, 13, generator=generator).bfloat16())
+        options = dict(p_norm=0.7, lambda_p=0.1, s_rate=s_rate, bf16_stochastic_round=stochastic)
+        optimizer = PAdam([param], backend="compiled", **options)
+        for _ in range(3):
+            param.grad = torch.randn(70, 13, generator=generator).bfloat16()
+            optimizer.step()
+        results.append(param.detach())
+    compiled._kernel.cache_clear()
+    assert all(learnt) and len(learnt) >= 2
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 RUN = """

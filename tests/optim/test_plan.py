@@ -354,3 +354,18 @@ def test_the_scale_of_a_constant_decay_is_read_at_few_steps():
     seen = list(waits(params, optimizer, 600))
     assert all(one in ([], ["__float__"]) for one in seen)
     assert 60 < sum(map(len, seen)) < 100
+
+
+@backends
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_a_state_of_another_shape_is_refused_before_a_kernel_runs_past_its_end(backend, name):
+    params, optimizer = build(backend)
+    set_gradients(params, 0)
+    optimizer.step()
+    loaded = optimizer.state_dict()
+    loaded["state"][3][name] = torch.zeros(2, 16)
+    optimizer.load_state_dict(loaded)
+    before = [param.clone() for param in params]
+    with pytest.raises(ValueError, match=rf"{name} of a parameter of shape \(16, 16\) has the shape \(2, 16\)"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))

@@ -1,9 +1,9 @@
 """The function that `eager` loops over, compiled by TorchInductor into one fused, vectorised C++ loop for CPUs.
 
-One kernel serves every tensor: dense ones are viewed as rows of 64 elements, and the number of rows is symbolic. The
-kernel is called directly, below torch.compile: the guards and wrappers of a `torch.compile`-d function cost about
-0.1 ms a call, which over the hundreds of tensors of a language model would be a quarter of the step. Inductor keeps
-its kernels on disk (see TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine compiles.
+One kernel serves every tensor: it works on rows of 64 elements, whose number is symbolic. It is called directly, below
+torch.compile: the guards and wrappers of a `torch.compile`-d function cost about 0.1 ms a call, which over the
+hundreds of tensors of a language model would be a quarter of the step. Inductor keeps its kernels on disk (see
+TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine compiles.
 
 The generic power is the expensive part on a CPU, where `pow` does not vectorise well; `fast_power` stands in for it.
 """
@@ -86,14 +86,15 @@ def step(
         if rounding is not None:
             keys = [rounding.tensor_keys[i], rounding.step_key, 0]
             numbers = [values, torch.tensor(keys, dtype=torch.int32, device="cpu")]
-        if tensors[0].numel() % _ROW == 0 and all([t.is_contiguous() for t in tensors]):
-            if tensors[0].numel():
-                kernel([*[t.view(-1, _ROW) for t in tensors], *numbers])
-        elif rounding is None and all([t.is_contiguous() for t in tensors]):
-            rows, behind = divmod(tensors[0].numel(), _ROW)
+        if not all([t.is_contiguous() for t in tensors]):
+            _step_irregular(kernel, tensors, numbers)
+            continue
+        rows, behind = divmod(tensors[0].numel(), _ROW)
+        if not behind or rounding is None:
             if rows:
-                kernel([*[t.as_strided((rows, _ROW), (_ROW, 1)) for t in tensors], *numbers])
-            tails.append([t.view(-1)[-behind:] for t in tensors])
+                kernel(rows, *tensors, *numbers)
+            if behind:
+                tails.append([t.view(-1)[-behind:] for t in tensors])
         else:
             _step_irregular(kernel, tensors, numbers)
     if tails:
@@ -107,7 +108,7 @@ def _step_tails(kernel: Callable[..., object], lists: list[list[Tensor]], number
     sizes = [t.numel() for t in lists[0]]
     missing = -sum(sizes) % _ROW
     flat = [torch.nn.functional.pad(torch.cat(tensors), (0, missing)) for tensors in lists]
-    kernel([*[t.view(-1, _ROW) for t in flat], *numbers])
+    kernel(len(flat[0]) // _ROW, *flat, *numbers)
     for i, (tensors, stepped) in enumerate(zip(lists, flat, strict=True)):
         if i != 1:
             torch._foreach_copy_(tensors, list(stepped.split([*sizes, missing])[: len(sizes)]))
@@ -122,12 +123,12 @@ def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], 
         flat = [t.contiguous().view(-1) for t in tensors]
     whole = param.numel() // _ROW * _ROW
     if whole:
-        kernel([*[t[:whole].view(-1, _ROW) for t in flat], *numbers])
+        kernel(whole // _ROW, *flat, *numbers)
     if whole < param.numel():
         rest = [torch.nn.functional.pad(t[whole:], (0, whole + _ROW - param.numel())) for t in flat]
         for keys in numbers[1:]:
             keys[2] = (whole + 2**31) % 2**32 - 2**31  # positions count modulo 2^32, as in every backend
-        kernel([*[t.view(1, _ROW) for t in rest], *numbers])
+        kernel(1, *rest, *numbers)
         for t, padded in zip(flat, rest, strict=True):
             if t is not flat[1]:
                 t[whole:] = padded[: param.numel() - whole]
@@ -151,10 +152,11 @@ def _kernel(
         dtypes: Of the tensors.
 
     Returns:
-        ``kernel(param, grad, exp_avg, exp_avg_sq[, s], values, keys)``: tensors of shape (rows, _ROW), of these
-        dtypes; the numbers in `Scalars`, followed by its `s_rate` if there is `s` and the parts of the exponent if
-        there are `squares`; and, only if it `rounds` stochastically, the keys of the tensor and of the step and the
-        position of the first element. If it cannot be built, why: trying again at every step would take seconds.
+        ``kernel(rows, param, grad, exp_avg, exp_avg_sq[, s], values, keys)``: how many rows of _ROW elements; dense
+        tensors of these dtypes; the numbers in `Scalars`, followed by its `s_rate` if there is `s` and the parts of
+        the exponent if there are `squares`; and, only if it `rounds` stochastically, the keys of the tensor and of the
+        step and the position of the first element. If it cannot be built, why: trying again at every step would take
+        seconds.
     """
     try:
         from . import inductor

@@ -7,6 +7,7 @@ None of these entry points is promised to stay: where one is missing, importing 
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 from unittest import mock
 
@@ -63,7 +64,8 @@ def compile_over_rows(
         others: Examples of the last arguments, whose shapes are fixed.
 
     Returns:
-        The kernel; it takes a list of the function's arguments.
+        ``kernel(rows, *arguments)``, for `arguments` of these dtypes of any shape, dense and in the same order, whose
+        first ``rows * row`` elements are worked on. It does not check them.
     """
     # The distance between rows is symbolic too. Were it known to be the length of a row, inductor would merge the two
     # loops, and the compiler could no longer move what is constant, coefficients and bounds, out of the inner one.
@@ -81,4 +83,42 @@ def compile_over_rows(
     # The lock keeps other threads' torch.compile apart: one class is patched for all of them.
     with compile_lock, torch.no_grad(), tracing(TracingContext(mode)), config.patch(options), vectors:
         graph = make_fx(function, select_decomp_table(), tracing_mode="fake")(*examples)
-        return compile_fx_inner(graph, examples, is_inference=True)
+        compiled = compile_fx_inner(graph, examples, is_inference=True)
+
+    def kernel(count: int, *arguments: Tensor) -> object:
+        views = [t.as_strided((count, row), (row, 1)) for t in arguments[: len(dtypes)]]
+        return compiled([*views, *arguments[len(dtypes) :]])
+
+    return _without_wrapper(compiled, dtypes, row, others) or kernel
+
+
+def _without_wrapper(
+    compiled: Any, dtypes: tuple[torch.dtype, ...], row: int, others: tuple[Tensor, ...]
+) -> Callable[..., object] | None:
+    """Return the C++ function in what inductor compiled, or None if that is more than one call of one function.
+
+    The Python around it makes sure that tensors are what they were compiled for, in some five times the time that the
+    function takes for ten thousand elements. What it passes on is learnt from a call, with a number of rows and a
+    distance between them that no other argument has.
+    """
+    scope = getattr(getattr(compiled, "current_callable", None), "__globals__", {})
+    fused = [name for name in scope if name.startswith("cpp_fused")]
+    if len(fused) != 1:
+        return None
+    count, distance = 3, 2 * row
+    inputs = [*(torch.zeros(count, distance, dtype=dtype, device="cpu")[:, :row] for dtype in dtypes), *others]
+    calls: list[tuple[Any, ...]] = []
+    with mock.patch.dict(scope, {fused[0]: lambda *arguments: calls.append(arguments)}):
+        compiled(list(inputs))
+    sources: list[Any] = [*inputs, count, distance]
+    if len(calls) != 1:
+        return None
+    order = []
+    for argument in calls[0]:
+        places = [i for i, source in enumerate(sources) if argument is source]
+        places = places or [i for i in (len(inputs), len(inputs) + 1) if argument == sources[i]]
+        if len(places) != 1:
+            return None
+        order += places
+    function, pick = scope[fused[0]], itemgetter(*order)
+    return lambda count, *arguments: function(*pick((*arguments, count, row)))
