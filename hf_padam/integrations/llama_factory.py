@@ -18,6 +18,7 @@ The version before parses Transformers' TrainingArguments. Its own command start
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ from llamafactory.v1.plugins.trainer_plugins.optimizer import OptimizerPlugin
 from torch import nn
 
 from ..optim import PAdam, TargetSparsity
+from ..training.options import has_target
 from ..training.registration import NAME, OPTIMIZERS, build_optimizer, optimizer_options
 
 _ARGUMENTS: dict[str, Any] = {
@@ -58,28 +60,25 @@ def make_padam(model: nn.Module, config: dict[str, Any]) -> PAdam:
         steps = None if total_steps is None else int(total_steps)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optim_config: {error}. {', '.join(numbers)} and total_steps must be numbers") from error
-    text = ",".join(f"{key}={value}" for key, value in options.items())
+    text = ",".join(f"{key}={_as_text(value)}" for key, value in options.items())
     arguments: Any = SimpleNamespace(
         optim=config.get("name", NAME), optim_args=text, optim_target_modules=None, deepspeed=None, **numbers
     )
     checked = optimizer_options(arguments)
-    target = checked["target_sparsity"]
-    if (target is None) != (steps is None):
+    if has_target(checked) != (steps is not None):
         raise ValueError(
-            "optim_config: target_sparsity and total_steps, the number of optimizer steps, go together: "
-            f"{'total_steps' if steps is None else 'target_sparsity'} is missing"
+            "optim_config: target_sparsity, or target_pattern, and total_steps, the number of optimizer steps, go "
+            f"together: {'total_steps' if steps is None else 'the target'} is missing"
         )
     optimizer = build_optimizer(model, **checked)
-    if target is not None and steps is not None:
-        TargetSparsity(
-            optimizer,
-            target,
-            steps,
-            start=checked["target_start"],
-            end=checked["target_end"],
-            per_group=checked["target_scope"] == "layer",
-        )
+    if steps is not None:
+        TargetSparsity(optimizer, total_steps=steps, start=checked["target_start"], end=checked["target_end"])
     return optimizer
+
+
+def _as_text(value: Any) -> Any:
+    """Write a list or a mapping of YAML as `optim_args` has it."""
+    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 for name in OPTIMIZERS:

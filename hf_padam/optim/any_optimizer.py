@@ -28,6 +28,7 @@ from .hyperparameters import (
 )
 from .importance import SCALE, update_scale
 from .padam import PAdam, unwrap
+from .plan import gradients
 from .update import FLUSH_THRESHOLD, Form, Scalars, inverse_factor, prepare
 
 _NOT_OURS: dict[str, Any] = {"betas": (0.0, 0.0), "eps": 1.0, "weight_decay": 0.0}
@@ -162,7 +163,7 @@ class _PNormDecay:
         while self._kept:
             param, before, group = self._kept.pop()
             if not closure or _has_gradient(param):
-                _decay_(local_tensor(param), before, group, optimizer.state[param])
+                _decay_(param, before, group, optimizer.state[param])
 
     def _adopt_new_groups(self, optimizer: Optimizer) -> None:
         """Complete and check the groups that were added since the last step."""
@@ -183,16 +184,22 @@ class _PNormDecay:
                 group.setdefault(name, value)
 
 
-def _decay_(weight: Tensor, before: Tensor, group: dict[str, Any], state: Mapping[str, Any]) -> None:
-    """Shrink a weight by the factor of what it was before the step, in place."""
+def _decay_(param: Tensor, before: Tensor, group: dict[str, Any], state: Mapping[str, Any]) -> None:
+    """Shrink a parameter by the factor of what it was before the step, in place."""
+    weight = local_tensor(param)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if group["importance"] == "fisher":
         if "exp_avg_sq" not in state:
             raise ValueError(_NO_SECOND_MOMENTS.format("this optimizer"))
-        second = local_tensor(state["exp_avg_sq"])
-        second = (second.dequantize() if hasattr(second, "codes") else second).to(dtype)
+        second = _unpacked(state["exp_avg_sq"], dtype)
         scalars = decay_scalars(group, int(state["step"]))
-        inverse = inverse_factor(before.to(dtype), scalars, root=second.sqrt(), young=second == 0)
+        # As in `update_`, but for the second moment of before the step, which nothing has kept.
+        latest = [0.25 * grad.to(dtype).square() for grad in gradients([param]) if grad is not None]
+        latest += [_unpacked(state["exp_avg"], dtype).square()] if "exp_avg" in state else []
+        young = second == 0
+        for squared in latest:
+            young |= squared * scalars.young >= second
+        inverse = inverse_factor(before.to(dtype), scalars, root=second.sqrt(), young=young)
     else:
         scalars = decay_scalars(group)
         inverse = inverse_factor(before.to(dtype), scalars)
@@ -200,6 +207,11 @@ def _decay_(weight: Tensor, before: Tensor, group: dict[str, Any], state: Mappin
     if scalars.form.makes_zeros:
         new = torch.where(new.abs() < FLUSH_THRESHOLD, 0.0, new)
     weight.copy_(new)
+
+
+def _unpacked(moment: Tensor, dtype: torch.dtype) -> Tensor:
+    local = local_tensor(moment)
+    return (local.dequantize() if hasattr(local, "codes") else local).to(dtype)
 
 
 def decay_scalars(values: Mapping[str, Any], step: int = 1) -> Scalars:

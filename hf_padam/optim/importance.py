@@ -26,11 +26,12 @@ REFERENCE = "reference"
 SCALE, SCALE_STEP = "importance_scale", "importance_step"
 """Keys of a group under "fisher": mu, and after how many steps it was computed."""
 
-_GROWTH = 1.05
-"""mu is computed anew when the number of steps has grown by this factor: some 200 times in 100,000 steps."""
+_GROWTH = 1.2
+"""mu is computed anew when the number of steps has grown by this factor: 16 times in the first 200 steps, 50 times in
+100,000. It takes as long as a step or two, and on a GPU the host waits for it."""
 
-_SLICE = 2**22
-"""Elements that are read at a time."""
+_SLICE, _CACHED_SLICE = 2**22, 2**17
+"""Elements that are read at a time: on a GPU, and on a CPU, whose caches hold them."""
 
 
 class Measured(NamedTuple):
@@ -57,10 +58,9 @@ class Measured(NamedTuple):
         A weight that has had no gradient under "fisher" has an infinite size, unless it is zero; see `measure`, too.
         """
         flat = self.weight.detach().reshape(-1)
-        moments = None if self.second is None else self.second.expand(self.weight.shape).reshape(-1)
+        moments = self._moments()
         latest = [(values.reshape(-1), factor) for values, factor in self.latest]
-        for start in range(0, flat.numel(), _SLICE * step):
-            part = slice(start, start + _SLICE * step, step)
+        for part in self._parts(step):
             weight = flat[part]
             x = weight.abs().float()
             if moments is not None:
@@ -70,6 +70,29 @@ class Measured(NamedTuple):
                     young |= (factor * values[part].float()).square() * self.young >= second
                 x = torch.where(young & (x > 0), math.inf, x * second.sqrt().clamp(max=LARGEST) * self.factor)
             yield weight, x
+
+    def squares(self, step: int = 1) -> Tensor:
+        """Return the sums of x^2 and w^2 over the weights, every `step`-th, that have had gradients; fp64, (2,)."""
+        moments = self._moments()
+        precise = torch.float32 if self.weight.device.type == "mps" else torch.float64
+        sums = self.weight.new_zeros(2, dtype=precise)
+        if moments is None or not isinstance(self.factor, float):
+            raise TypeError("squares are of sizes under fisher, in units of their own")
+        flat = self.weight.detach().reshape(-1)
+        for part in self._parts(step):
+            second = moments[part]
+            squared = flat[part].float().square()
+            sums[0] += torch.dot(squared.to(precise), second.to(precise))
+            sums[1] += squared.mul_(second > 0).sum(dtype=precise)
+        sums[0] *= self.factor**2
+        return sums * step
+
+    def _moments(self) -> Tensor | None:
+        return None if self.second is None else self.second.expand(self.weight.shape).reshape(-1)
+
+    def _parts(self, step: int) -> Iterator[slice]:
+        size = step * (_CACHED_SLICE if self.weight.device.type == "cpu" else _SLICE)
+        return (slice(start, start + size, step) for start in range(0, self.weight.numel(), size))
 
 
 def measure(
@@ -99,7 +122,7 @@ def measure(
             if group.get("importance") == "fisher":
                 second = weight.new_zeros(())
                 state = optimizer.state.get(param) or {}
-                if "exp_avg_sq" in state:
+                if "exp_avg_sq" in state and state["step"] > 0:  # 0 if its first step has failed
                     second = _plain(state["exp_avg_sq"])
                     if grad is not None:
                         latest = [(_plain(state["exp_avg"]), 1.0), (grad, 0.5)]
@@ -121,7 +144,7 @@ def fisher_scale(measured: Iterable[Measured], sample: int | None = None) -> Ten
     """Return mu, with which the mean of x^2 is that of w^2, over all weights that have had gradients, on all shards.
 
     Args:
-        measured: From `measure`, with a scale of 1.
+        measured: From `measure`, under "fisher" with a scale of 1.
         sample: Look at about this many elements of each shard at most.
 
     Returns:
@@ -129,14 +152,8 @@ def fisher_scale(measured: Iterable[Measured], sample: int | None = None) -> Ten
     """
     totals: dict[tuple, Tensor] = {}
     for tensor in measured:
-        device = tensor.weight.device
-        precise = torch.float32 if device.type == "mps" else torch.float64
-        sums, step = tensor.weight.new_zeros(2, dtype=precise), tensor.stride(sample)
-        for weight, x in tensor.slices(step):
-            known = x.isfinite()
-            sums[0] += step * torch.where(known, x.to(precise), 0).square().sum()
-            sums[1] += step * torch.where(known, weight.to(precise), 0).square().sum()
-        key = device, tensor.sharding
+        sums = tensor.squares(tensor.stride(sample))
+        key = tensor.weight.device, tensor.sharding
         totals[key] = totals[key] + sums if key in totals else sums
     squared_x, squared_w = sum_totals(totals).unbind()
     return torch.where(squared_x > 0, (squared_x / squared_w).sqrt(), 1.0)
@@ -157,6 +174,23 @@ def needs_scale(group: Mapping[str, Any]) -> bool:
     return group.get("importance") == "fisher" and group["lambda_p"] > 0 and REFERENCE not in group
 
 
+def check_steered(group: Mapping[str, Any]) -> None:
+    """Check that a group that is to arrive at a target has been given to what steers it there.
+
+    Raises:
+        RuntimeError: If not: its decay would know no end.
+    """
+    if group["lambda_p"] > 0 and REFERENCE not in group:
+        for key, asks in (("target_sparsity", group.get("target_sparsity") is not None),
+                          ("p_norm", group["p_norm"] == -math.inf)):  # fmt: skip
+            if asks:
+                raise RuntimeError(
+                    f"a parameter group has {key}={group[key]!r}, and nothing steers it: all of its weights would "
+                    "die. Make TargetSparsity(optimizer, total_steps=...) before the first step, or take p_norm=0.8 "
+                    "and a lambda_p without a target"
+                )
+
+
 def update_scale(optimizer: Optimizer, taken: int | None = None) -> None:
     """Compute mu of the groups under "fisher" that nothing steers, if it is time to; to be called before a step.
 
@@ -165,12 +199,12 @@ def update_scale(optimizer: Optimizer, taken: int | None = None) -> None:
 
     Args:
         optimizer: See `measure`.
-        taken: How many steps these groups have taken; by default the first of their states is asked.
+        taken: How many steps these groups have taken, the oldest of their parameters; by default states are asked.
     """
     pool = [group for group in optimizer.param_groups if needs_scale(group)]
     if taken is None:
         states = (optimizer.state.get(param) for group in pool for param in group["params"])
-        taken = next((int(state["step"]) for state in states if state), 0)
+        taken = max([int(state["step"]) for state in states if state], default=0)
     if taken < YOUNG_STEPS:
         return
     if any(SCALE not in group for group in pool) or (pool and taken >= _GROWTH * pool[0][SCALE_STEP]):

@@ -27,7 +27,7 @@ from .hyperparameters import (
     check_not_all_zeros,
     named,
 )
-from .importance import REFERENCE, SCALE, needs_scale, update_scale
+from .importance import REFERENCE, SCALE, check_steered, needs_scale, update_scale
 from .plan import MOMENTS, Plan, Tensors, check_dense, gradients
 from .random_bits import Rounding, random_key
 from .update import Scalars, initial_s, prepare
@@ -203,6 +203,9 @@ class PAdam(Optimizer):
 
         Returns:
             The closure's loss, or None.
+
+        Raises:
+            RuntimeError: If a gradient is sparse, or a group has a target to which nothing steers it.
         """
         loss = None
         if closure is not None:
@@ -212,7 +215,9 @@ class PAdam(Optimizer):
         for group in self.param_groups:
             check_hyperparameters(group)
         tensors, plan = self._prepare()
-        update_scale(self, next((b.taken for b in plan.buckets if needs_scale(self.param_groups[b.group])), 0))
+        for number in {bucket.group for bucket in plan.buckets}:
+            check_steered(self.param_groups[number])
+        update_scale(self, max([b.taken for b in plan.buckets if needs_scale(self.param_groups[b.group])], default=0))
         selected = {device: backends.select(self.backend, device, count) for device, count in plan.elements.items()}
         finished = 0
         try:

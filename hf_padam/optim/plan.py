@@ -154,9 +154,9 @@ class Plan:
                 return None
             params, active = list(compress(params, self._has_gradient)), list(compress(grads, self._has_gradient))
         states = list(optimizer.state.values())
-        if self._order is not None:
-            states = [states[i] for i in self._order]
         try:
+            if self._order is not None:
+                states = [states[i] for i in self._order]
             steps, *moments = self._kept(states)
             if self._state != [list(map(id, values)) for values in moments] or self._options != _options(optimizer):
                 return None
@@ -164,7 +164,7 @@ class Plan:
                 params, *moments = map(_local, (params, *moments))
             tensors = Tensors(params, active, *moments)
             unchanged = torch.equal(self._steps, self._expected) and self._seen == self._described(steps, tensors)
-        except (KeyError, RuntimeError, TypeError):  # no moments; a sparse gradient; a step number that is no tensor
+        except (IndexError, KeyError, RuntimeError, TypeError):  # no state; no moments; a sparse gradient; no tensor
             return None
         return tensors if unchanged else None
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sparsity import TensorCount, count_zeros
-from .importance import REFERENCE, SCALE, fisher_scale, measure
+from .importance import REFERENCE, SCALE, Measured, fisher_scale, measure
 from .padam import PAdam, unwrap
 from .patterns import PATTERN, check_blocks, missing_in_blocks, zero_in_blocks_
 from .quantiles import histogram, quantile, zero_below_, zero_smallest_
@@ -274,13 +274,14 @@ class TargetSparsity:
                 for group in pool:
                     group |= {"target_initial": initial, "target_arrives": arrives}
             if self.first <= step < self.last:
-                if (step - self.first) % self.interval == 0 and not self.at_once:
+                due = (step - self.first) % self.interval == 0 and not self.at_once
+                if due and any(float(group["lr"]) > HOLD for group in pool):
                     self._aim(pool, step)
             else:
                 for group in pool:
                     group["target_reference"] = 0.0
             for group in pool:
-                group[REFERENCE] = group["target_reference"]
+                group[REFERENCE] = group["target_reference"] if float(group["lr"]) > HOLD else 0.0
                 group["lambda_p"] = _lambda_p(group)
 
     @torch.no_grad()
@@ -313,7 +314,7 @@ class TargetSparsity:
         """
         if self._blocks(pool[0]):
             alive = self._left(min(step + self.interval, self.last)) / self._left(step)
-            zero_in_blocks_(measure(self.optimizer, pool, spare_young=True), pool, 1 - alive)
+            zero_in_blocks_(self._measured(pool, spare_young=True), pool, 1 - alive)
             return
         target = self._target(pool[0])
         horizon = max(self.interval, min(math.ceil(_HORIZON * (self.last - self.first)), self.last - step))
@@ -323,10 +324,8 @@ class TargetSparsity:
         sample = max(
             _POOL_SAMPLE // len(_params(pool)), _SAMPLE // sum(len(_params(other)) for other in self._pools())
         )
-        measured, mu = measure(self.optimizer, pool), None
-        if any(group["importance"] == "fisher" for group in pool):
-            mu = fisher_scale(measured, sample)
-            measured = measure(self.optimizer, pool, mu, spare_young=_prunes(pool))
+        mu = self._scale(pool, sample)
+        measured = self._measured(pool, mu, spare_young=_prunes(pool))
         counts, _, zeros, scale = histogram(measured, sample, mu)
         if zeros >= ahead * float(counts.sum()):
             for group in pool:
@@ -343,11 +342,24 @@ class TargetSparsity:
             if group["importance"] == "fisher":
                 group[SCALE] = scale
 
+    def _scale(self, pool: list[dict[str, Any]], sample: int | None = None) -> Tensor | None:
+        """Return mu of those groups whose sizes it is the unit of; None if there are none."""
+        fisher = [group for group in pool if group["importance"] == "fisher"]
+        return fisher_scale(measure(self.optimizer, fisher), sample) if fisher else None
+
+    def _measured(
+        self, pool: list[dict[str, Any]], mu: Tensor | None = None, *, spare_young: bool = False
+    ) -> list[Measured]:
+        """Measure a pool's weights; if they are not all of one importance, in units that compare."""
+        if mu is None and len({group["importance"] for group in pool}) > 1:
+            mu = self._scale(pool)
+        return measure(self.optimizer, pool, 1.0 if mu is None else mu, spare_young=spare_young)
+
     @torch.no_grad()
     def _zero_the_rest(self, pool: list[dict[str, Any]]) -> None:
         """Zero the smallest weights until the target is met: what the decay did not get to."""
         (before, elements), target = _zeros(pool), self._target(pool[0])
-        measured = measure(self.optimizer, pool)
+        measured = self._measured(pool)
         if self._blocks(pool[0]):
             _, threshold = zero_in_blocks_(measured, pool, 1.0)
         else:

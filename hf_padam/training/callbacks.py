@@ -68,6 +68,10 @@ class TargetSparsityCallback(TrainerCallback):
             )
 
 
+CHECK_LATER = "_check_zero_start_later"
+"""Set on a PAdam that was built without the check of tensors that start as zeros, for a checkpoint may follow."""
+
+
 class CallbackFromGroups(TargetSparsityCallback):
     """The callback as every Trainer has it: it acts if the optimizer's groups hold a `target_sparsity`.
 
@@ -83,7 +87,7 @@ class CallbackFromGroups(TargetSparsityCallback):
     ) -> None:
         """Attach if the groups say so; refuse tensors that start as zeros, now that a checkpoint has been loaded."""
         optimizer = unwrap(kwargs.get("optimizer"))
-        if isinstance(optimizer, PAdam):
+        if getattr(optimizer, CHECK_LATER, False):
             optimizer.check_zero_start()
         groups = getattr(optimizer, "param_groups", [])
         if state.is_world_process_zero:
@@ -96,9 +100,8 @@ class CallbackFromGroups(TargetSparsityCallback):
         if plans:
             self._plan = {
                 "target": None,  # the groups' own
-                "start": plans[0]["target_start"],
-                "end": plans[0]["target_end"],
-                "per_group": plans[0]["target_scope"] == "layer",
+                "start": plans[0].get("target_start", DEFAULT_START),
+                "end": plans[0].get("target_end", DEFAULT_END),
             }
             super().on_train_begin(args, state, control, **kwargs)
 

@@ -206,13 +206,17 @@ class _DistilledSum(torch.autograd.Function):
             temperature: Of the divergence.
         """
         ctx.gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
+        # No element is above weight * temperature + 1: in fp16, whose smallest numbers most would be below, as large
+        # as fits.
+        power = 14 - math.ceil(math.log2(weight * temperature + 1))
+        ctx.scale = 2.0**power if logits.dtype == torch.float16 else 1.0
         total = torch.zeros((), device=logits.device)
         for tokens in predicted.split(max(1, _CHUNK // logits.shape[1], len(predicted) // _CHUNKS)):
             teacher = teacher_logits(tokens).to(logits.device)
             loss, gradient = _distilled(logits[tokens], labels[tokens], teacher, weight, temperature)
             total += loss
             if ctx.gradient is not None:
-                ctx.gradient[tokens] = gradient.to(logits.dtype)
+                ctx.gradient[tokens] = (gradient.mul_(ctx.scale) if ctx.scale != 1 else gradient).to(logits.dtype)
         return total
 
     @staticmethod
@@ -220,7 +224,7 @@ class _DistilledSum(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("the gradient of a distilled loss can be taken only once: retain_graph has no effect")
-        return (gradient.mul_(grad_output), *(None,) * 5)
+        return (gradient.mul_(grad_output / ctx.scale), *(None,) * 5)
 
 
 def _distilled(

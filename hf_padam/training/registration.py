@@ -4,7 +4,8 @@
 table of handlers. Registration adds a member and a row for each. Such a member is pickled as a call of this package,
 so `training_args.bin` and the arguments of a spawned process can be read where nothing has imported it. Besides:
 
-* every Trainer gets a callback, which acts only on a PAdam that was asked for a target sparsity;
+* every Trainer gets a callback, which steers a PAdam that was asked for a target sparsity, and warns of what no user
+  of these optimizers can want;
 * the parser of `optim_args` lets pass what padam's own reads further (spaces, commas and "=" within a value), and says
   what is wrong with a string that is malformed.
 
@@ -30,7 +31,7 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 from ..optim import PAdam, PAdam8bit
 from ..optim.eight_bit import S_REFUSAL, check_installed
 from ..optim.hyperparameters import DEFAULT_LAMBDA_P, check_hyperparameters
-from .callbacks import CallbackFromGroups
+from .callbacks import CHECK_LATER, CallbackFromGroups
 from .optim_args import malformed, parse_optim_args, split_optim_args
 from .options import OPTIONS, check_target, has_target, options_of, read, with_defaults
 from .param_groups import get_param_groups
@@ -123,7 +124,9 @@ class _Factory:
                 f"distill_from={distill_from!r} would have no effect: this Trainer does not distil. Use PAdamTrainer, "
                 "or leave distill_from out"
             )
-        return build_optimizer(model, **options, check_zero_start=False)  # CallbackFromGroups checks, after loading
+        optimizer = build_optimizer(model, **options, check_zero_start=False)
+        setattr(optimizer, CHECK_LATER, True)
+        return optimizer
 
 
 def _handler(context: Any) -> tuple[type[_Factory], dict[str, Any]]:

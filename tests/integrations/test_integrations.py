@@ -209,12 +209,32 @@ def test_llama_factory_trains_by_its_configuration(llama_factory):
 
 
 @pytest.mark.parametrize(
+    ("target", "share"),
+    [
+        ({"target_pattern": "2:4"}, 0.5),
+        ({"target_sparsity": {"mlp": 0.75, "*": 0.25}, "dense_modules": ["o_proj"]}, 0.625),
+    ],
+    ids=str,
+)
+def test_llama_factory_takes_patterns_and_the_lists_and_mappings_of_yaml(llama_factory, target, share):
+    model = tiny_llama()
+    optimizer = llama_factory(model, {"name": "padam", "learning_rate": 3e-3, "total_steps": 15} | target)
+    batch = default_data_collator(blocks(4))
+    for _ in range(15):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert steering_of(optimizer).state()["sparsity"] == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize(
     ("config", "error"),
     [
         ({"learning_rate": None}, "no learning_rate"),
         ({"learning_rate": "fast"}, "must be numbers"),
         ({"target_sparsity": 0.5}, "total_steps is missing"),
-        ({"total_steps": 5}, "target_sparsity is missing"),
+        ({"target_pattern": "2:4"}, "total_steps is missing"),
+        ({"total_steps": 5}, "the target is missing"),
         ({"target_sparsity": 2.0, "total_steps": 5}, "target_sparsity"),
         ({"sparsity": 0.5}, "no key 'sparsity'"),
     ],

@@ -369,3 +369,14 @@ def test_a_state_of_another_shape_is_refused_before_a_kernel_runs_past_its_end(b
     with pytest.raises(ValueError, match=rf"{name} of a parameter of shape \(16, 16\) has the shape \(2, 16\)"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+
+
+def test_a_state_that_was_emptied_after_a_parameter_had_no_gradient_starts_anew():
+    params, optimizer = build("eager")
+    for step in range(3):
+        set_gradients(params, step)
+        params[0].grad = None if step == 1 else params[0].grad
+        optimizer.step()
+    optimizer.state.clear()
+    optimizer.step()
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}

@@ -205,3 +205,54 @@ def test_groups_without_a_target_are_not_steered_to_the_groups_own():
     optimizer = PAdam([{"params": [torch.nn.Parameter(torch.ones(4, 4))]}])
     with pytest.raises(ValueError, match="nothing to steer: .* and a target_sparsity"):
         TargetSparsity(optimizer, None, 10)
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_groups_with_a_target_that_nothing_steers_are_refused_before_a_weight_dies(pattern):
+    """Their p of -inf would zero the whole model."""
+    model = tiny_llama()
+    target = {"target_pattern": pattern} if pattern else {"target_sparsity": 0.5}
+    optimizer = PAdam(get_param_groups(model, **target), lr=1e-3)
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match=r"nothing steers it.*TargetSparsity\(optimizer, total_steps"):
+        optimizer.step()
+    assert all(torch.equal(before[name], param) for name, param in model.named_parameters())
+    TargetSparsity(optimizer, total_steps=20)
+    optimizer.step()
+
+
+def test_a_trainer_steers_an_optimizer_of_ones_own_by_its_groups(tmp_path):
+    model = tiny_llama()
+    optimizer = PAdam(get_param_groups(model, target_sparsity=0.5), lr=1e-3)
+    args = TrainingArguments(tmp_path, max_steps=15, report_to=[], use_cpu=True, save_strategy="no")
+    Trainer(model=model, args=args, train_dataset=blocks(), optimizers=(optimizer, None)).train()
+    assert steering_of(optimizer).state()["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_groups_of_both_importances_in_one_pool_are_measured_alike():
+    """Sizes under fisher have a unit of their own; the same weights with the same gradients die alike."""
+    torch.manual_seed(0)
+    first = torch.nn.Parameter(torch.randn(200, 200) / 50)
+    second = torch.nn.Parameter(first.detach().clone())
+    groups = [{"params": [first], "importance": "fisher"}, {"params": [second]}]
+    optimizer = PAdam(groups, lr=1e-3, p_norm=0.5, lambda_p=0.1)
+    TargetSparsity(optimizer, 0.5, 60)
+    for _ in range(60):
+        first.grad = torch.randn(200, 200) * 1e-3
+        second.grad = first.grad.clone()
+        optimizer.step()
+    assert [float((w == 0).float().mean()) for w in (first, second)] == pytest.approx([0.5, 0.5], abs=0.05)
+
+
+def test_a_step_whose_learning_rate_is_zero_decays_nothing():
+    weight = torch.nn.Parameter(torch.randn(50, 50, generator=torch.Generator().manual_seed(0)))
+    optimizer = PAdam([weight], lr=1e-3, p_norm=0.8, lambda_p=0.1)
+    TargetSparsity(optimizer, 0.5, 40, start=0.0, end=0.9)
+    for step in range(30):
+        weight.grad = torch.ones_like(weight) * 1e-3
+        optimizer.param_groups[0]["lr"] = 0.0 if step == 20 else 1e-3
+        before = weight.detach().clone()
+        optimizer.step()
+        assert torch.equal(weight, before) == (step == 20)
