@@ -1,19 +1,22 @@
 r"""Compare PAdam with what people use instead: same data, same order, same steps, several seeds; a table, a picture.
 
-    python recipes/compare.py recipes/configs/compare_char_cpu.yaml --train_file input.txt --output_dir runs/compare
+    python recipes/compare.py recipes/configs/compare_char_cpu.yaml --train_file input.txt
 
 The file names a recipe, options common to all runs, the seeds, and for each method a list of settings; `dense` is the
 method with whose best loss others are compared, `reference` the one whose loss at the same sparsity is, seed by seed.
-A setting may have `seeds` of its own. Runs are made seed by seed, of each seed the first setting of every method, then
-the second ones: where settings go by sparsity, whole comparisons are finished one after another. --methods and --seeds
-make those runs only, and table them beside what is finished.
+A setting may have `seeds` of its own. One with `distill_from: METHOD`, the name of a method of the plan, has for its
+teacher the model that this made with the same seed and number of steps, and runs when those without a teacher have.
+Runs are made seed by seed, of each seed the first setting of every method, then the second ones: where settings go by
+sparsity, whole comparisons are finished one after another. --methods and --seeds make those runs only, and table them
+beside what is finished.
 
 Every run is that recipe in a process of its own, one on each GPU where there are several; `log.txt`, `results.json`
 and `run_config.yaml` of each are in a directory named after it. Interrupted, the same command goes on with the runs
 that are not finished. A setting of which a run fails, for its loss grows out of bounds for example, is named and left
 out of the table; the same command tries it again. Options after the file go to the recipe.
 
-In the output directory, of all that is finished: pareto.md (the table), pareto.csv (every seed) and pareto.png.
+In the output directory, by default runs/ and the plan's name, of all that is finished: pareto.md (the table),
+pareto.csv (every seed) and pareto.png.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import itertools
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +67,25 @@ def plan_jobs(plan: dict[str, Any], extra: dict[str, Any], directory: Path) -> d
             name = re.sub(r"[^a-z0-9.]+", "_", f"{method} {setting(options)}".lower()).strip("_")
             merged = plan["options"] | options | extra | {"seed": seed}
             jobs[method, number, seed] = Job(plan["recipe"], merged, directory / f"{name}-seed{seed}")
+    for key, job in jobs.items():
+        teacher = job.options.get("distill_from")
+        if teacher in plan["methods"]:
+            place = _teacher(job, [other for other_key, other in jobs.items() if other_key[::2] == (teacher, key[2])])
+            jobs[key] = replace(job, options=job.options | {"distill_from": str(place)})
     for place, number in Counter(job.output_dir for job in jobs.values()).items():
         if number > 1:
             raise UsageError(f"{number} settings have the name {place.name}: take one out, or name the methods apart")
     return jobs
+
+
+def _teacher(job: Job, candidates: list[Job]) -> Path:
+    """Return where the teacher of a job will be: of runs of one method and seed, the one of as many steps."""
+    for candidate in candidates:
+        if candidate.options.get("max_steps") == job.options.get("max_steps"):
+            return candidate.output_dir
+    raise UsageError(
+        f"{job.output_dir.name}: {job.options['distill_from']}, its teacher, has no setting of its seed and max_steps"
+    )
 
 
 def seeds_of(settings: dict[str, Any], plan: dict[str, Any]) -> Any:
@@ -125,7 +144,7 @@ def main() -> None:
     parser.add_argument(
         "plan", metavar="PLAN.yaml", help="what to compare, e.g. recipes/configs/compare_char_cpu.yaml"
     )
-    parser.add_argument("--output_dir", default="runs/compare", help="where everything goes")
+    parser.add_argument("--output_dir", help="where everything goes; by default runs/ and the plan's name")
     parser.add_argument("--jobs", type=int, help="runs at a time; by default one per GPU, or one")
     parser.add_argument("--methods", nargs="+", help="run these of the plan's methods only")
     parser.add_argument("--seeds", nargs="+", type=int, help="run these of the plan's seeds only")
@@ -138,7 +157,7 @@ def main() -> None:
         for value in getattr(args, name) or []:
             if value not in plan[name]:
                 raise UsageError(f"--{name} {value} is not among the plan's: {', '.join(map(str, plan[name]))}")
-    directory = check_output_dir(args.output_dir)
+    directory = check_output_dir(args.output_dir or str(Path("runs") / Path(args.plan).stem))
     jobs = plan_jobs(plan, extra, directory)
     for job in {key[:2]: job for key, job in jobs.items()}.values():  # of one seed
         check_options(job)
@@ -166,7 +185,17 @@ def main() -> None:
             outcomes[keys[job.output_dir]] = result
             tabulate(plan, outcomes, directory)
 
-        runner.run_all(list(asked.values()), done)
+        teachers = {key: job.options.get("distill_from") for key, job in asked.items()}
+        places = {str(job.output_dir): job for job in jobs.values()}
+        taught = {key for key, place in teachers.items() if place in places}
+        runner.run_all([job for key, job in asked.items() if key not in taught], done)
+        for key in taught:
+            if runner.finished(places[str(teachers[key])]) is None:
+                raise UsageError(
+                    f"{asked[key].output_dir.name} wants the model of {teachers[key]}, which is not finished: let "
+                    "--methods name its method, too"
+                )
+        runner.run_all([asked[key] for key in asked if key in taught], done)
     comparison = tabulate(plan, outcomes, directory)
     if comparison:
         comparison.print(plan["title"])

@@ -482,3 +482,48 @@ def test_a_sweep_goes_on_after_it_was_killed(tmp_path, text_file):
     file.write_text(yaml.safe_dump(contents | {"search": {"p_norm": [0.5]}}))
     other = run_recipe("sweep.py", *arguments, "3")
     assert other.returncode == 2 and "holds a study of" in other.stderr
+
+
+def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkeypatch):
+    """Of the same seed and number of steps."""
+    plan = {
+        "title": "t", "recipe": "finetune_clm.py", "seeds": [0, 1],
+        "options": {"model_name_or_path": "m", "train_file": str(tmp_path / "f.txt"), "max_steps": 5},
+        "methods": {
+            "taught": [{"distill_from": "AdamW", "target_sparsity": 0.5, "max_steps": 9}, {"distill_from": "AdamW"}],
+            "AdamW": [{"optim": "adamw_torch"}, {"optim": "adamw_torch", "max_steps": 9}],
+            "from a file": [{"distill_from": "some/model"}],
+        },
+    }  # fmt: skip
+    (tmp_path / "f.txt").write_text("text")
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(plan, sort_keys=False))
+    stages: list[list[Job]] = []
+    done: set[Path] = set()
+
+    class Runner(compare.Runner):
+        def run_all(self, jobs, tell):
+            stages.append(list(jobs))
+            done.update(job.output_dir for job in jobs)
+
+        def finished(self, job):
+            return {} if job.output_dir in done else None
+
+    monkeypatch.setattr(compare, "Runner", Runner)
+    monkeypatch.setattr(compare, "tabulate", lambda *args: None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(file)])
+    compare.main()
+    first, second = ({job.output_dir.name: job.options.get("distill_from") for job in jobs} for jobs in stages)
+    assert {name for name in first if "from_a_file" not in name} == {
+        f"adamw{steps}-seed{seed}" for steps in ("", "_max_steps_9") for seed in (0, 1)
+    }
+    assert second == {
+        f"taught_distill_from_adamw{more}-seed{seed}": f"runs/plan/adamw{steps}-seed{seed}"
+        for more, steps in (("", ""), ("_target_sparsity_0.5_max_steps_9", "_max_steps_9"))
+        for seed in (0, 1)
+    }
+    done.clear()
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, "argv", ["compare.py", str(file), "--methods", "taught"])
+        compare.main()
