@@ -7,7 +7,9 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +27,20 @@ class WriteError(OSError):
 
 
 class BusyError(WriteError):
-    """Another process is writing there."""
+    """Another process, or another thread of this one, is writing there."""
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a file beside its destination, flush it to disk, then rename it there."""
+    """Write a file beside its destination, flush it to disk, then rename it there.
+
+    What is no file, but a pipe or one of the devices that /dev names, is written to.
+    """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
+    if _is_device(path):
+        with _explained(path):
+            path.write_bytes(data)
+        return
     with staged(path) as temporary:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -41,24 +50,44 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 @contextmanager
 def staged(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, of the same suffix; rename it there if the block succeeds."""
+    """Yield a temporary path beside `path`, of the same suffix; rename it there if the block succeeds.
+
+    A link stays one: what it leads to is replaced. A file keeps its permissions.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    target = path.resolve() if path.is_symlink() else path
+    _make_directory(target.parent)
+    with _explained(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         with _explained(path):
             yield temporary
-            os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes files private, and the rename would keep them so
-            os.replace(temporary, path)
+            # mkstemp makes files private, and the rename would keep them so.
+            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode) if target.is_file() else 0o666 & ~_UMASK)
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _is_device(path: Path) -> bool:
+    """Whether a path names a pipe, a terminal or the like, in whose place no file may be put."""
+    if path.parts[:2] == ("/", "dev") and path.parts[2:3] != ("shm",):  # /dev/stdout, which may be a file
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"the directory {directory} cannot be made: {error}") from error
+
+
 @contextmanager
 def locked(path: str | Path) -> Iterator[bool]:
-    """Let no other process that asks for the same lock run the block meanwhile; this one may ask again inside.
+    """Let nobody else who asks for the same lock run the block meanwhile; this thread may ask again inside.
 
     Args:
         path: A directory; or a file, which is made for it and deleted afterwards. A process that is killed holds no
@@ -68,13 +97,17 @@ def locked(path: str | Path) -> Iterator[bool]:
         Whether that is certain: some network file systems have no locks.
 
     Raises:
-        BusyError: If another process holds the lock.
+        BusyError: If another process holds the lock, or another thread.
     """
     path = Path(path).resolve()
     if path in _locked:
-        yield _locked[path] is not None
+        handle, thread = _locked[path]
+        if thread != threading.get_ident():
+            raise BusyError(_BUSY.format("another thread of this process", path))
+        yield handle is not None
         return
-    handle = _locked[path] = _lock(path)
+    handle = _lock(path)
+    _locked[path] = handle, threading.get_ident()
     try:
         yield handle is not None
     finally:
@@ -86,13 +119,15 @@ def locked(path: str | Path) -> Iterator[bool]:
                 os.close(handle)
 
 
-_locked: dict[Path, int | None] = {}
-"""The locks that this process holds, by their handles; None where there are none."""
+_locked: dict[Path, tuple[int | None, int]] = {}
+"""The locks that this process holds: their handles, None where there are none, and their threads."""
+
+_BUSY = "{} is writing there, which holds the lock on {}: wait until it has ended, or give another directory"
 
 
 def _leave_locks() -> None:
     """Keep a forked process, one that loads data for example, from holding its parent's locks beyond its death."""
-    for handle in _locked.values():
+    for handle, _ in _locked.values():
         if handle is not None:
             os.close(handle)
     _locked.clear()
@@ -114,10 +149,7 @@ def _lock(path: Path) -> int | None:
             os.close(handle)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 return None
-            raise BusyError(
-                f"another process is writing there, which holds the lock on {path}: wait until it has ended, or give "
-                "another directory"
-            ) from None
+            raise BusyError(_BUSY.format("another process", path)) from None
 
 
 def unshared(path: Path, alone: bool) -> Path:
@@ -149,7 +181,7 @@ def staged_directory(directory: str | Path, last: str | None = None) -> Iterator
         WriteError: If the files could not be written, for want of space for example.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    _make_directory(directory)
     with locked(directory) as alone, _explained(directory, Exception):
         with _temporary(unshared(directory / INCOMPLETE, alone)) as temporary:
             yield temporary
@@ -188,7 +220,7 @@ def staged_new_directory(directory: str | Path, replace: bool = False, last: str
         return
     hidden = directory.with_name(f".{directory.name}")
     replaced = Path(f"{hidden}.replaced")
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    _make_directory(directory.parent)
     with _explained(directory), locked(f"{hidden}.lock") as alone:
         if replaced.exists() and not directory.exists():  # a kill between the two renames below
             os.rename(replaced, directory)

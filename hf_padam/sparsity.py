@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.nn.parameter import is_lazy
 
 NEAR_ZERO = 1e-8
 """Default threshold below which the magnitude of a non-zero weight counts as near zero."""
 
 
 _TWO_IN_A_BYTE = getattr(torch, "float4_e2m1fn_x2", None)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,17 @@ def countable(dtype: torch.dtype) -> bool:
     return dtype != _TWO_IN_A_BYTE and (
         dtype.is_floating_point or dtype.is_complex or dtype in (torch.int8, torch.bool)
     )
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether torch can look at the elements of a local tensor, one by one.
+
+    Not so of sparse and nested ones, of those without values (meta, uninitialised), and of wrappers of quantised ones.
+    """
+    if is_lazy(tensor) or tensor.is_meta or tensor.is_nested or tensor.layout is not torch.strided:
+        return False
+    wraps = hasattr(type(tensor), "__tensor_flatten__")
+    return not wraps and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype in _INTEGERS)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -122,18 +135,25 @@ def count_zeros(
         near_zero: If given, also count non-zero elements of a magnitude below this.
 
     Returns:
-        One count per tensor, in order.
+        One count per tensor, in order. Of those that cannot be looked at, zeros are not `known`.
     """
     batches: defaultdict[tuple, dict[str, list[Tensor]]] = defaultdict(dict)
+    unreadable: set[str] = set()
     elements: defaultdict[tuple, list[int]] = defaultdict(list)
     for name, tensor in tensors.items():
         local, sharding = local_shard(tensor)
-        comparable = _comparable(local)
-        counts = [zeros_in(comparable)]
-        if near_zero is not None:
-            counts.append(torch.count_nonzero(comparable.abs() < near_zero) - counts[0])
-        batches[local.device, sharding][name] = counts
-        elements[local.device, sharding].append(local.numel())
+        device = local.device
+        if _readable(local):
+            comparable = _comparable(local)
+            counts = [zeros_in(comparable)]
+            if near_zero is not None:
+                counts.append(torch.count_nonzero(comparable.abs() < near_zero) - counts[0])
+        else:
+            unreadable.add(name)
+            device = torch.device("cpu") if local.is_meta else device
+            counts = [torch.zeros((), dtype=torch.int64, device=device)] * (1 if near_zero is None else 2)
+        batches[device, sharding][name] = counts
+        elements[device, sharding].append(0 if is_lazy(local) else local.numel())
     values: dict[str, list[int]] = {}
     for key, batch in batches.items():
         device, sharding = key
@@ -150,7 +170,7 @@ def count_zeros(
             zeros=values[name][1],
             near_zeros=values[name][2] if near_zero is not None else None,
             decayed=name in decayed,
-            known=countable(tensor.dtype),
+            known=name not in unreadable and countable(tensor.dtype),
         )
         for name, tensor in tensors.items()
     ]

@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,55 @@ def test_written_files_have_the_modes_of_any_other(tmp_path):
     (tmp_path / "usual").touch()
     write_atomically(tmp_path / "ours", "text")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_second_thread_is_told_and_the_first_ones_files_come_out_whole(way, tmp_path):
+    errors = []
+
+    def write():
+        try:
+            with WAYS[way](tmp_path / "out"):
+                pass
+        except BusyError as error:
+            errors.append(str(error))
+
+    with WAYS[way](tmp_path / "out") as staging:
+        (staging / "before").touch()
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+        (staging / "after").touch()
+    assert len(errors) == 1 and "another thread of this process is writing there" in errors[0]
+    assert sorted(os.listdir(tmp_path / "out")) == ["after", "before"]
+
+
+def test_a_link_stays_a_link_and_a_file_keeps_its_permissions(tmp_path):
+    (tmp_path / "there").mkdir()
+    real, link = tmp_path / "there" / "real", tmp_path / "link"
+    real.touch(0o600)
+    link.symlink_to(real)
+    write_atomically(link, "text")
+    assert link.is_symlink() and real.read_text() == "text" and stat.S_IMODE(real.stat().st_mode) == 0o600
+    assert sorted(os.listdir(tmp_path)) == ["link", "there"] and os.listdir(tmp_path / "there") == ["real"]
+
+
+def test_pipes_and_devices_are_written_to_and_not_replaced(tmp_path):
+    pipe, null = tmp_path / "pipe", tmp_path / "null"
+    os.mkfifo(pipe)
+    null.symlink_to("/dev/null")
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_atomically(pipe, "text")
+    reader.join()
+    write_atomically(null, "text")
+    assert read == ["text"] and pipe.is_fifo() and null.is_symlink() and null.is_char_device()
+
+
+@pytest.mark.parametrize("write", [*WAYS.values(), lambda path: write_atomically(path, "text")])
+def test_a_place_that_cannot_be_is_a_clear_error(write, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="the directory .*file.* cannot be made"):
+        with write(tmp_path / "file" / "below" / "out"):
+            pass

@@ -162,7 +162,10 @@ class SparsityReport:
 
         Raises:
             ImportError: If matplotlib is not installed.
+            ValueError: If there is no suffix, or no such format.
         """
+        if not Path(path).suffix:
+            raise ValueError(f"{str(path)!r} does not say which format the picture is to have: add .png, .svg or .pdf")
         try:
             from matplotlib.figure import Figure
             from matplotlib.ticker import MaxNLocator

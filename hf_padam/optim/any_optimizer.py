@@ -25,6 +25,7 @@ from .hyperparameters import (
     check_hyperparameters,
     check_not_all_zeros,
     named,
+    plain,
 )
 from .importance import SCALE, update_scale
 from .padam import PAdam, unwrap
@@ -79,7 +80,7 @@ def add_pnorm_decay(
             divided.
         RuntimeError: From ``step``, if a gradient is sparse.
     """
-    inner = unwrap(optimizer)
+    inner, p_norm, lambda_p = unwrap(optimizer), plain(p_norm), plain(lambda_p)
     if not isinstance(inner, Optimizer):
         raise TypeError(
             f"a p-norm decay cannot be added to {type(inner).__name__}, which is no torch.optim.Optimizer: add it to "

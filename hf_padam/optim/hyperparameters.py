@@ -67,6 +67,31 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def plain(value: Any) -> Any:
+    """Return a real number of another kind, NumPy's for one, as Python's; a pair of them too; all else as it is.
+
+    What is saved with NumPy's in it, ``torch.load`` refuses to read; and fp32 ones compute in fp32.
+    """
+    if isinstance(value, tuple | list):
+        return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
+    if type(value) in (int, float) or not is_number(value):
+        return value
+    return int(value) if is_integer(value) else float(value)
+
+
+def plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a parameter group with `plain` numbers."""
+    return {name: value if name in ("params", "param_names") else plain(value) for name, value in group.items()}
+
+
+def _as_float(value: Any) -> float:
+    """Return a number as a float, NaN if it is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
 def check_hyperparameters(values: dict[str, Any]) -> None:
     """Check that each hyperparameter is a number in its range.
 
@@ -90,7 +115,7 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
     ):
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
-        if not is_number(value) or not low <= float(value) < high:
+        if not is_number(value) or not low <= _as_float(value) < high:
             raise ValueError(f"{name}={value!r} is not allowed: it must be {what}")
     kinds: tuple[tuple[str, type, str], ...] = (
         ("bf16_stochastic_round", bool, "True or False"),

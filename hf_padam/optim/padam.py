@@ -26,6 +26,8 @@ from .hyperparameters import (
     check_hyperparameters,
     check_not_all_zeros,
     named,
+    plain,
+    plain_group,
 )
 from .importance import REFERENCE, SCALE, check_steered, needs_scale, update_scale
 from .plan import MOMENTS, Plan, Tensors, check_dense, gradients
@@ -121,6 +123,7 @@ class PAdam(Optimizer):
         defaults |= dict(importance=importance, late_decay=late_decay, s_rate=s_rate)
         defaults |= dict(bf16_stochastic_round=bf16_stochastic_round, rounding_seed=rounding_seed)
         check_hyperparameters(defaults)
+        defaults = {name: plain(value) for name, value in defaults.items()}
         super().__init__(with_exemptions(params, weight_decay), defaults)
         self._built = True
         warn_of_vectors(self.param_groups)
@@ -149,6 +152,8 @@ class PAdam(Optimizer):
             ValueError: As the constructor does.
             RuntimeError: If the backend cannot run where the tensors are.
         """
+        if isinstance(param_group, dict):
+            param_group = plain_group(param_group)
         built = getattr(self, "_built", False)
         if built and exempt([*self.param_groups, param_group], self.defaults["weight_decay"])[-1]:
             param_group = param_group | {"lambda_p": 0.0}
@@ -276,6 +281,11 @@ class PAdam(Optimizer):
         s = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         local_tensor(s).copy_(initial_s(local_tensor(param), p_norm))
         return s
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and groups; what schedules have set to NumPy's numbers, in Python's."""
+        state = super().state_dict()
+        return state | {"param_groups": [plain_group(group) for group in state["param_groups"]]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load groups and state, in the dtype they were saved in; torch would cast state to the parameter's dtype.

@@ -42,7 +42,16 @@ def check_plan(target: float, start: float, end: float) -> None:
         raise ValueError(
             f"target_sparsity={target!r} is not allowed: it must be a share of zeros, above 0 and below 1"
         )
-    if not 0 <= start <= end <= 1:
+    check_ramp(start, end)
+
+
+def check_ramp(start: float, end: float) -> None:
+    """Check when zeros are made.
+
+    Raises:
+        ValueError: If the two are no shares of the training, in this order.
+    """
+    if not is_number(start) or not is_number(end) or not 0 <= start <= end <= 1:
         raise ValueError(
             f"target_start={start!r} and target_end={end!r} are not allowed: they are shares of the training steps, "
             "0 <= start <= end <= 1"

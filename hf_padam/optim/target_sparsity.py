@@ -32,11 +32,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sparsity import TensorCount, count_zeros
+from .hyperparameters import is_number
 from .importance import REFERENCE, SCALE, Measured, fisher_scale, measure
 from .padam import PAdam, unwrap
 from .patterns import PATTERN, check_blocks, missing_in_blocks, zero_in_blocks_
 from .quantiles import histogram, quantile, zero_below_, zero_smallest_
-from .target_options import DEFAULT_END, DEFAULT_START, check_plan, check_steerable
+from .target_options import DEFAULT_END, DEFAULT_START, check_plan, check_ramp, check_steerable
 from .update import YOUNG_STEPS
 
 logger = logging.getLogger(__name__)
@@ -117,8 +118,9 @@ class TargetSparsity:
         per_group: bool = False,
     ) -> None:
         """Check the arguments and attach; see the class."""
-        if total_steps < 1:
-            raise ValueError(f"total_steps={total_steps!r} is not allowed: it must be at least 1")
+        if not is_number(total_steps) or not 1 <= total_steps < math.inf:
+            raise ValueError(f"total_steps={total_steps!r} is not allowed: it must be a number of steps, at least 1")
+        check_ramp(start, end)
         self._given, self.per_group = target, per_group
         self.at_once = start == end
         total_steps, start, end = int(total_steps), float(start), float(end)  # not NumPy's, in its precision

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 TRAINER_STATE = "trainer_state.json"
 """The file that a Trainer writes last."""
 
+RUN_STATE = "run_state.json"
+"""The file of what a Trainer's state lacks, see `resumable`."""
+
 MARKER = "hf_padam_complete.json"
 """The file by which a checkpoint of ours says that it is whole: the files that a run needs, and their bytes."""
 
@@ -139,14 +142,19 @@ def find_defect(checkpoint: Path, state_file: str = TRAINER_STATE, checksums: bo
     for what, patterns in {"state of the run": (state_file,), **_NEEDED}.items():
         if not any(file for pattern in patterns for file in checkpoint.glob(pattern)):
             return f"it has no {what} ({patterns[0]})"
+    files = sorted(checkpoint.rglob("*"))
     marker = checkpoint / MARKER
     if marker.is_file():
-        for name, size in json.loads(marker.read_text()).items():
+        try:
+            sizes = dict(json.loads(marker.read_bytes()))
+        except (ValueError, TypeError) as error:
+            return f"{MARKER} cannot be read ({error})"
+        for name, size in sizes.items():
             file = checkpoint / name
             if not file.is_file() or file.stat().st_size != size:
                 return f"{name} {'has not the size that it was written with' if file.exists() else 'is missing'}"
-        return None
-    for file in sorted(checkpoint.rglob("*")):
+        files = [file for file in files if file.name in (state_file, RUN_STATE) and file.parent == checkpoint]
+    for file in files:
         try:
             defect = None if file.is_dir() else _file_defect(file, checksums)
         except Exception as error:  # of a damaged file, parsers complain in every way

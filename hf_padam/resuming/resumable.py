@@ -25,6 +25,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_peft_available
 
 from .checkpoints import (
+    RUN_STATE,
     TRAINER_STATE,
     claimed,
     loading,
@@ -39,7 +40,6 @@ from .weights import check_adapters, check_keys, load_weights, weight_files
 
 logger = logging.getLogger(__name__)
 
-RUN_STATE = "run_state.json"
 _SETTINGS = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
     "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16", "fp16",

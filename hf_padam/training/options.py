@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
 from ..optim.backends import CHOICES
-from ..optim.hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, is_number
+from ..optim.hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, is_number, plain
 from ..optim.patterns import pattern_share
 from ..optim.schedules import DEFAULT_SHARE, SHAPES
 from ..optim.schedules import DEFAULT_START as SCHEDULE_START
@@ -184,7 +184,7 @@ def read(name: str, value: Any) -> Any:
         mapping = dict[str, float] in types and value[:1] == "{"
         if mapping or list[str] in types and _LIST.match(value):
             try:
-                value = json.loads(value)
+                value = json.loads(value, object_pairs_hook=_unique)
             except ValueError as error:
                 kind = "mapping" if mapping else "list"
                 raise ValueError(f"{name}={text!r} is not a {kind} in JSON: {error}") from error
@@ -198,9 +198,18 @@ def read(name: str, value: Any) -> Any:
     fits = value in choices if choices else any(_KINDS[t][1](value) for t in types if t in _KINDS)
     if not (absent or fits):
         raise ValueError(f"{name}={text!r} must be {accepted(name)}")
-    if is_number(value) and type(value) not in (int, float):
-        return float(value)  # not NumPy's: it could not be written as JSON
-    return value
+    if isinstance(value, dict):
+        return {key: plain(share) for key, share in value.items()}
+    return plain(value)  # not NumPy's number: it could not be written as JSON
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a mapping from what a JSON object holds."""
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return mapping
 
 
 def _choices(name: str) -> list[str]:

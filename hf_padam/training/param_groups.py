@@ -18,7 +18,7 @@ from ..optim.hyperparameters import DEFAULT_LAMBDA_P
 from ..optim.patterns import INPUT_DIM, PATTERN, pattern_share
 from ..optim.schedules import FINAL
 from .linear_maps import adapter_weights, embedding_weights, linear_matrices, tables
-from .options import with_defaults
+from .options import read, with_defaults
 
 
 def decayed_parameters(
@@ -125,6 +125,12 @@ def get_param_groups(
     Raises:
         ValueError: As `decayed_parameters` does, and if nothing is left to decay.
     """
+    target_scope, target_pattern = read("target_scope", target_scope), read("target_pattern", target_pattern)
+    if target_sparsity is not None and target_pattern is not None:
+        raise ValueError(
+            f"target_pattern={target_pattern!r} and target_sparsity={target_sparsity!r} exclude each other: the "
+            "pattern says the share. Drop one of them"
+        )
     decayed = decayed_parameters(
         model,
         decay_embeddings=decay_embeddings,

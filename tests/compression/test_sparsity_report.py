@@ -228,6 +228,8 @@ def test_the_picture_is_drawn_or_the_missing_package_named(checkpoint, tmp_path,
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit, match=r"hf-padam\[recipes\]"):
         main(["sparsity", str(checkpoint), "--picture", str(tmp_path / "other.png")])
+    with pytest.raises(SystemExit, match="does not say which format"):
+        main(["sparsity", str(checkpoint), "--picture", str(tmp_path / "zeros")])
 
 
 @pytest.mark.parametrize(

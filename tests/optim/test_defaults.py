@@ -125,7 +125,21 @@ def steered_by_groups(number):
     return optimizer, TargetSparsity(optimizer, None, 12)
 
 
-@pytest.mark.parametrize("build", [scheduled, steered_together, steered_by_groups])
+def given_to_the_optimizer(number):
+    matrix, vector = nn.Parameter(torch.linspace(-1, 1, 100).reshape(10, 10)), nn.Parameter(torch.ones(10))
+    groups = [{"params": [matrix], "p_norm": number(0.75), "lambda_p": number(0.125)}, {"params": [vector]}]
+    everywhere = {"lambda_p": number(0), "eps": number(2**-20), "betas": (number(0.875), number(0.96875))}
+    return PAdam(groups, lr=number(2**-6), weight_decay=number(0.5), **everywhere), None
+
+
+def set_by_a_schedule(number):
+    optimizer, _ = given_to_the_optimizer(float)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: number(0.5) ** step)
+
+
+@pytest.mark.parametrize(
+    "build", [scheduled, steered_together, steered_by_groups, given_to_the_optimizer, set_by_a_schedule]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_of_numpy_do_what_floats_do_and_leave_no_trace_in_checkpoints(build, kind, tmp_path):
     states = []
@@ -136,7 +150,7 @@ def test_numbers_of_numpy_do_what_floats_do_and_leave_no_trace_in_checkpoints(bu
                 for param in group["params"]:
                     param.grad = torch.cos(param.detach() + step)
             optimizer.step()
-            if isinstance(helper, PNormScheduler):
+            if helper is not None and not isinstance(helper, TargetSparsity):
                 helper.step()
             if step in (5, 11):
                 torch.save(optimizer.state_dict(), tmp_path / "state.pt")
@@ -145,6 +159,15 @@ def test_numbers_of_numpy_do_what_floats_do_and_leave_no_trace_in_checkpoints(bu
     assert groups[:2] == groups[2:]
     moments = [[t for s in state["state"].values() for t in s.values()] for state in states]
     assert all(map(torch.equal, moments[0] + moments[1], moments[2] + moments[3]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decay_beside_another_optimizer_leaves_no_trace_of_numpy_either(kind, tmp_path):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)
+    add_pnorm_decay(optimizer, p_norm=kind(0.5), lambda_p=kind(0.25))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    (group,) = torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"]
+    assert (group["p_norm"], group["lambda_p"]) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, np.int64])
@@ -158,6 +181,18 @@ def test_a_group_is_exempt_by_a_zero_of_numpy_beside_a_number_of_numpy(kind):
 def test_what_is_no_target_is_refused_whoever_makes_it(number):
     with pytest.raises(ValueError, match="target_sparsity=.* is not allowed"):
         TargetSparsity(two_groups(float)[0], number, 12)
+
+
+@pytest.mark.parametrize("steps", [0, "12", None, float("nan"), float("inf"), True], ids=str)
+def test_what_is_no_number_of_steps_is_refused(steps):
+    with pytest.raises(ValueError, match="total_steps=.* is not allowed"):
+        TargetSparsity(two_groups(float)[0], 0.5, steps)
+
+
+@pytest.mark.parametrize("plan", [{"start": "0.2"}, {"start": float("nan")}, {"end": None}, {"end": True}], ids=str)
+def test_what_is_no_plan_is_refused(plan):
+    with pytest.raises(ValueError, match="target_start=.* and target_end=.* are not allowed"):
+        TargetSparsity(two_groups(float)[0], 0.5, 12, **plan)
 
 
 @pytest.mark.parametrize(
@@ -174,8 +209,9 @@ def test_what_is_no_schedule_is_refused_whoever_makes_it(option, name):
 @pytest.mark.parametrize(
     "option",
     [{"lr": np.float32("nan")}, {"lr": np.bool_(True)}, {"eps": np.int64(-1)}, {"rounding_seed": np.float64(1)},
-     {"lambda_p": np.ones(1)}, {"s_rate": True}, {"rounding_seed": False}, {"late_decay": 1}],
-    ids=str,
+     {"lambda_p": np.ones(1)}, {"s_rate": True}, {"rounding_seed": False}, {"late_decay": 1}, {"lr": 10**400},
+     {"p_norm": -(10**400)}],
+    ids=lambda option: str(option)[:40],
 )  # fmt: skip
 def test_what_is_no_number_in_range_is_refused_whoever_makes_it(option):
     with pytest.raises(ValueError, match=f"{next(iter(option))}=.* is not allowed"):

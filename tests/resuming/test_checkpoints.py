@@ -19,6 +19,7 @@ from hf_padam import PAdamTrainer, PAdamTrainingArguments
 from hf_padam.resuming.checkpoints import (
     CheckpointError,
     find_defect,
+    is_whole,
     newest_checkpoint,
     resolve_checkpoint,
     rotate_checkpoints,
@@ -255,6 +256,17 @@ def test_a_checkpoint_of_ours_that_has_lost_something_since_is_passed_over(name,
     saved(tmp_path)
     harm(tmp_path / "checkpoint-4" / name)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+
+
+@pytest.mark.parametrize("harm", [halve, empty, overwrite])
+def test_what_says_where_a_checkpoint_of_ours_is_may_be_damaged_too(harm, tmp_path, caplog):
+    saved(tmp_path)
+    for step, name in (4, "trainer_state.json"), (3, "run_state.json"), (2, "hf_padam_complete.json"):
+        harm(tmp_path / f"checkpoint-{step}" / name)
+        caplog.clear()
+        assert newest_checkpoint(tmp_path) == tmp_path / f"checkpoint-{step - 1}"
+        assert f"{name} cannot be read" in caplog.records[-1].getMessage()
+        assert is_whole(tmp_path / f"checkpoint-{step}")
 
 
 def test_checkpoints_of_the_model_only_are_rotated_and_not_gone_on_from(tmp_path):

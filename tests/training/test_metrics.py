@@ -123,3 +123,32 @@ def test_empty_models_have_no_zeros():
 def test_results_can_be_saved_with_evaluate(tmp_path):
     evaluate.save(tmp_path / "results.json", **WeightSparsity().compute(model=tiny_llama()))
     assert json.loads((tmp_path / "results.json").read_text())["sparsity"] == 0.0
+
+
+def quantised(weight):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    linear = torch.nn.Linear(*weight.shape, bias=False)
+    quantize_(linear, Int8WeightOnlyConfig())
+    return linear.weight
+
+
+UNREADABLE = {
+    "quantised": quantised,
+    "meta": lambda weight: weight.to("meta"),
+    "sparse": torch.Tensor.to_sparse,
+    "nested": lambda weight: torch.nested.nested_tensor(list(weight)),
+    "unsigned": lambda weight: weight.to(torch.uint16),
+    "uninitialised": lambda weight: torch.nn.LazyLinear(4).weight,
+}
+
+
+@pytest.mark.parametrize("near_zero", [None, 1e-8])
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_zeros_that_cannot_be_looked_at_are_not_known_and_others_are(kind, near_zero):
+    tensors = {"there": UNREADABLE[kind](torch.ones(32, 32)), "plain": torch.tensor([0.0, 1.0])}
+    counts = count_zeros(tensors, decayed=["plain"], near_zero=near_zero)
+    assert [count.known for count in counts] == [False, True]
+    assert (counts[1].zeros, counts[1].elements) == (1, 2)
+    summary = summarize(counts)
+    assert (summary["sparsity"], summary["sparsity_total"], summary["total_parameters"]) == (0.5, None, None)

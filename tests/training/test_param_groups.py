@@ -145,3 +145,17 @@ def test_zeros_of_a_sparse_checkpoint_survive_further_training(tmp_path):
     for name, param in decayed_parameters(model).items():
         assert (param[zeros[name]] == 0).all()
         assert (param[~zeros[name]] != 0).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_sparsity": 0.5, "target_scope": "Layer"}, "target_scope='Layer' must be one of global, layer"),
+        ({"target_pattern": (2, 4)}, r"target_pattern=\(2, 4\) must be a pattern such as 2:4"),
+        ({"target_pattern": "2:4", "target_sparsity": 0.7}, "'2:4' and target_sparsity=0.7 exclude each other"),
+    ],
+    ids=str,
+)
+def test_a_target_that_cannot_be_meant_is_an_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        get_param_groups(tiny_llama(), **options)

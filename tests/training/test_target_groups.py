@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -107,12 +108,18 @@ def test_an_entry_that_is_for_nothing_is_an_error(entries, message):
         ({}, "names no module"),
         ('{"mlp": 0.5', "is not a mapping in JSON"),
         ("{mlp: 0.5}", "is not a mapping in JSON"),
+        ('{"mlp": 0.5, "attn": 0.4, "mlp": 0.8}', "'mlp' is given twice"),
     ],
     ids=str,
 )
 def test_a_mapping_that_is_none_is_refused_before_anything_is_loaded(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, target_sparsity=given)
+
+
+def test_a_mapping_to_numbers_of_numpy_can_be_written_down(tmp_path):
+    args = arguments(tmp_path, target_sparsity={"mlp": np.float32(0.5)})
+    assert json.loads(args.to_json_string())["target_sparsity"] == {"mlp": 0.5}
 
 
 def test_a_mapping_gets_in_by_optim_args(tmp_path):
