@@ -92,13 +92,14 @@ class CallbackFromGroups(TargetSparsityCallback):
                 warn_of_strangers(kwargs["model"], optimizer)
         steerable = groups if isinstance(optimizer, PAdam) else []  # the keys of others are theirs
         plans = [group for group in steerable if group.get("target_sparsity") is not None]
-        self._steering = None
-        if plans:
+        earlier, self._steering = self._steering, None
+        attached = steering_of(optimizer)
+        if plans and (attached is None or attached is earlier):  # else the script has attached its own
             self._plan = {
                 "target": None,  # the groups' own
-                "start": plans[0]["target_start"],
-                "end": plans[0]["target_end"],
-                "per_group": plans[0]["target_scope"] == "layer",
+                "start": plans[0].get("target_start", DEFAULT_START),  # not in groups of `get_param_groups`
+                "end": plans[0].get("target_end", DEFAULT_END),
+                "per_group": plans[0].get("target_scope") == "layer",
             }
             super().on_train_begin(args, state, control, **kwargs)
 

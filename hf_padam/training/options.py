@@ -198,8 +198,8 @@ def read(name: str, value: Any) -> Any:
     fits = value in choices if choices else any(_KINDS[t][1](value) for t in types if t in _KINDS)
     if not (absent or fits):
         raise ValueError(f"{name}={text!r} must be {accepted(name)}")
-    if is_number(value) and type(value) not in (int, float):
-        return float(value)  # not NumPy's: it could not be written as JSON
+    if is_number(value):
+        return float(value)  # not NumPy's, which cannot be written as JSON; nor an int, to which a search would cast
     return value
 
 

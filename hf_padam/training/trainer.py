@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, default_compute_objective
 from transformers.training_args import OptimizerNames
 
 from ..optim.schedules import scheduled_p_norm
 from ..resuming.settings import check_added_decay, check_decayed
-from .announcement import DecayAnnouncement, decay_targets, decayed_names
+from .announcement import DecayAnnouncement, decay_targets, decayed_names, warn_of_unused_options
 from .callbacks import PNormScheduleCallback, ScheduleFromArguments
 from .distilling_trainer import DistillingTrainer
 from .gradients import UnreadNorms, check_gradient_norm, leaves_out_steps
@@ -58,6 +59,7 @@ class PAdamTrainer(DistillingTrainer):
         self._meter: PerplexityMeter | None = None  # during an evaluation
         self._said: set[str] = set()
         self._unread_norms = UnreadNorms()
+        self._optimizer_given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if not any(isinstance(callback, PNormScheduleCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(ScheduleFromArguments())
         if not any(isinstance(callback, DecayAnnouncement) for callback in self.callback_handler.callbacks):
@@ -67,12 +69,23 @@ class PAdamTrainer(DistillingTrainer):
         """Create the optimizer; add a p-norm decay if the arguments ask for one and it is not PAdam."""
         if asks_for_decay(self.args) and self.is_deepspeed_enabled:
             check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        if self._optimizer_given and self.is_world_process_zero():
+            warn_of_unused_options(self.args)
         optimizer = super().create_optimizer(model)
         if asks_for_decay(self.args):
             model = self.model if model is None else model
             assert model is not None
             attach_decay(optimizer, model, self.args, decay_targets(self.args))
         return optimizer
+
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Callable[[dict[str, float]], float] | None = None, **kwargs: Any
+    ) -> Any:
+        """Search; see `transformers.Trainer.hyperparameter_search`. By default nothing that this class reports counts.
+
+        The objective is the evaluation loss then, or the sum of what `compute_metrics` returns.
+        """
+        return super().hyperparameter_search(hp_space, compute_objective or _objective, **kwargs)
 
     def _settings(self) -> dict[str, Any]:
         settings = super()._settings() | {_ADDED_DECAY: asks_for_decay(self.args)}
@@ -227,3 +240,9 @@ class PAdamTrainer(DistillingTrainer):
     def _own_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         with self.compute_loss_context_manager():
             return own_loss(model, self._prepare_inputs(inputs), self.accelerator.unwrap_model(model))
+
+
+def _objective(metrics: dict[str, float]) -> float:
+    """Return what Transformers' own would be if the evaluation did not report perplexity and sparsity."""
+    own = ("_perplexity", "_sparsity", "_sparsity_total")
+    return default_compute_objective({key: value for key, value in metrics.items() if not key.endswith(own)})

@@ -205,3 +205,19 @@ def test_groups_without_a_target_are_not_steered_to_the_groups_own():
     optimizer = PAdam([{"params": [torch.nn.Parameter(torch.ones(4, 4))]}])
     with pytest.raises(ValueError, match="nothing to steer: .* and a target_sparsity"):
         TargetSparsity(optimizer, None, 10)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_groups_with_a_target_are_steered_by_any_trainer_unless_the_script_does(tmp_path, attached):
+    model = tiny_llama()
+    optimizer = PAdam(get_param_groups(model, target_sparsity=0.5), lr=1e-3)
+    steering = TargetSparsity(optimizer, total_steps=40) if attached else None
+    settings = dict(max_steps=20, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no")
+    trainer = Trainer(
+        model, TrainingArguments(str(tmp_path), **settings), train_dataset=blocks(), optimizers=(optimizer, None)
+    )
+    trainer.train()
+    zeros = sum(int((param == 0).sum()) for param in decayed_parameters(model).values())
+    share = zeros / sum(param.numel() for param in decayed_parameters(model).values())
+    assert share == pytest.approx(0.5, abs=1e-3) if not attached else 0 < share < 0.5
+    assert (steering_of(optimizer) is steering) == attached
