@@ -177,7 +177,7 @@ class PAdamTrainer(DistillingTrainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         shifted = inputs.get("shift_labels")
         labels = self._prepare_input(labels if shifted is None else shifted)
-        if self._loss_is_enough(meter, shifted is not None):
+        if self._loss_is_enough(meter, labels, shifted is not None):
             loss, logits, targets = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             assert loss is not None  # there are labels
             meter.add_mean(loss, labels)
@@ -226,12 +226,12 @@ class PAdamTrainer(DistillingTrainer):
         prefixed = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         return output._replace(metrics={**(output.metrics or {}), **prefixed})
 
-    def _loss_is_enough(self, meter: PerplexityMeter, shifted: bool) -> bool:
+    def _loss_is_enough(self, meter: PerplexityMeter, labels: Tensor, shifted: bool) -> bool:
         """Whether the loss of every batch is known to be the mean NLL of the tokens that the meter counts.
 
         The Trainer has the model divide by its own count of tokens, which is to be the same.
         """
-        if not meter.follows_loss or self.args.n_gpu > 1 or self.label_smoother or self.compute_loss_func:
+        if self.args.n_gpu > 1 or self.label_smoother or self.compute_loss_func or not meter.follows_loss(labels):
             return False
         shifts = getattr(self, "_loss_shifts_labels", None)  # not in every version of Transformers
         counted_alike = not self.model_accepts_loss_kwargs or shifted or shifts is (meter.aligned is following)
