@@ -321,7 +321,7 @@ def _parts(thing: Any) -> Iterable[Any]:
         return thing.gi_frame.f_locals.values() if thing.gi_frame is not None else ()
     if isinstance(thing, FunctionType):
         return _used(thing)
-    slots, shared = _of_class(type(thing))
+    slots, shared = _of_class(type(thing))  # type: ignore[arg-type]  # a class is hashable
     return [*getattr(thing, "__dict__", {}).values(), *(getattr(thing, name, None) for name in slots), *shared]
 
 

@@ -47,13 +47,13 @@ def warn_of_unused_options(args: TrainingArguments) -> None:
         return
     typed = options_of(args)
     given = {key for key in OPTIONS if getattr(typed, key) != OPTIONS[key].default}
-    given = sorted(given | parse_optim_args(args.optim_args).keys())
+    given |= parse_optim_args(args.optim_args).keys()
     if given:
         logger.warning(
             "%s: no effect on the optimizer that this Trainer was given. Let the Trainer make it "
             '(optim="padam", neither optimizers nor optimizer_cls_and_kwargs), or build it with '
             "hf_padam.PAdam(hf_padam.get_param_groups(model, ...)) and drop these options.",
-            ", ".join(given),
+            ", ".join(sorted(given)),
         )
 
 

@@ -79,13 +79,17 @@ class PAdamTrainer(DistillingTrainer):
         return optimizer
 
     def hyperparameter_search(
-        self, hp_space: Any = None, compute_objective: Callable[[dict[str, float]], float] | None = None, **kwargs: Any
+        self,
+        hp_space: Callable[[Any], dict[str, float]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Search; see `transformers.Trainer.hyperparameter_search`. By default nothing that this class reports counts.
 
         The objective is the evaluation loss then, or the sum of what `compute_metrics` returns.
         """
-        return super().hyperparameter_search(hp_space, compute_objective or _objective, **kwargs)
+        return super().hyperparameter_search(hp_space, compute_objective or _objective, *args, **kwargs)
 
     def _settings(self) -> dict[str, Any]:
         settings = super()._settings() | {_ADDED_DECAY: asks_for_decay(self.args)}
