@@ -142,7 +142,7 @@ def main() -> None:
         meter = PerplexityMeter(accelerator)
         for batch in tqdm(loaders[split], desc=f"Evaluating {split}", disable=not accelerator.is_main_process):
             output, labels = model(**batch), batch["labels"]
-            if meter.follows_loss:
+            if meter.follows_loss(labels):
                 meter.add_mean(output.loss, labels)
             else:
                 rows = rows_that_count(batch, labels, accelerator)

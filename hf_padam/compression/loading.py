@@ -7,7 +7,9 @@ resumes like one that was loaded from a standard checkpoint.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -122,6 +124,19 @@ class _UnpackOnly(Unpack):
         return {full_layer_name: tensors}
 
 
+def _renamed(name: str, renamings: list[WeightRenaming]) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
+
+
+class _Keep(WeightRenaming):
+    """Give a tensor the name back that a renaming, meant for another, has taken from it.
+
+    Transformers does so by leaving out all conversions of such a tensor: the unpacking, too.
+    """
+
+
 def _check_whole(stored: ModelDirectory) -> None:
     """Check that a directory has all weights of the class that its config names, where that is known.
 
@@ -185,11 +200,15 @@ class CompressedQuantizer(HfQuantizer):
         return [rest]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel | None = None) -> list:
-        """Unpack before every conversion of the model, too."""
+        """Unpack before every conversion of the model, too, and whatever has the name that it has in the model."""
+        renamings = deepcopy([c for c in weight_conversions if isinstance(c, WeightRenaming)])  # they note their use
+        state = model.state_dict() if model is not None else {}
+        renamed = {name: _renamed(name, renamings) for name in sorted(state)}  # on which some depend
+        kept = [_Keep(rf"^{re.escape(other)}$", name) for name, other in renamed.items() if other not in state]
         for conversion in weight_conversions:
             if isinstance(conversion, WeightConverter):
                 conversion.operations.insert(0, Unpack(self._note))
-        return weight_conversions + self.get_weight_conversions()
+        return weight_conversions + kept + self.get_weight_conversions()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Leave packed bytes alone, and tell the unpacking which dtype was asked for."""
@@ -205,7 +224,7 @@ class CompressedQuantizer(HfQuantizer):
         for conversion in list(getattr(model, "_weight_conversions", None) or ()):
             operations = getattr(conversion, "operations", [])
             unpacking = [operation for operation in operations if isinstance(operation, Unpack)]
-            if not unpacking or len(operations) > len(unpacking):
+            if not isinstance(conversion, _Keep) and (not unpacking or len(operations) > len(unpacking)):
                 for operation in unpacking:
                     operations.remove(operation)
                 own.append(conversion)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sparsity import local_tensor
-from .exemptions import exempt, warn_of_vectors
+from .exemptions import CHOSEN, exempt, warn_of_vectors
 from .hyperparameters import (
     DEFAULT_LAMBDA_P,
     DEFAULT_P_NORM,
@@ -116,6 +116,7 @@ def add_pnorm_decay(
     for group in divided:
         _check_group(group, kind, names or {})
     warn_of_vectors(divided)
+    setattr(inner, CHOSEN, set() if params is None else set(range(len(divided))))
     inner.param_groups[:] = divided
     _PNormDecay(inner, p_norm, lambda_p if params is None else 0.0, importance)
     _attached.add(inner)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ..sparsity import local_tensor
 from . import backends
-from .exemptions import exempt, warn_of_vectors, with_exemptions
+from .exemptions import CHOSEN, exempt, says_lambda_p, warn_of_vectors, with_exemptions
 from .hyperparameters import (
     DEFAULT_LAMBDA_P,
     DEFAULT_P_NORM,
@@ -124,7 +124,10 @@ class PAdam(Optimizer):
         defaults |= dict(bf16_stochastic_round=bf16_stochastic_round, rounding_seed=rounding_seed)
         check_hyperparameters(defaults)
         defaults = {name: plain(value) for name, value in defaults.items()}
-        super().__init__(with_exemptions(params, weight_decay), defaults)
+        groups = with_exemptions(params, weight_decay)
+        said = says_lambda_p(groups)  # before torch adds the defaults
+        super().__init__(groups, defaults)
+        setattr(self, CHOSEN, {i for i in said if "param_names" in self.param_groups[i]})
         self._built = True
         warn_of_vectors(self.param_groups)
         if check_zero_start:

@@ -12,11 +12,11 @@ import hashlib
 import logging
 import pickle
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from inspect import getclosurevars
-from types import FunctionType, MethodType, ModuleType
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from types import BuiltinMethodType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 logger = logging.getLogger(__name__)
 
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-_DEPTH, _WIDTH = 4, 100  # how far, and through how large containers, generators are looked for
-_NOT_SEARCHED = (torch.Tensor, torch.nn.Module, ModuleType, type, logging.Logger)
+_DEPTH, _WIDTH = 12, 100  # how far, and through how large containers of data, generators are looked for
+_NOT_SEARCHED = (torch.Tensor, torch.nn.Module, ModuleType, type, logging.Logger, str, int, float, bytes, type(None))
+_SEARCHED = (*_GENERATORS, FunctionType, BuiltinMethodType, MethodType, GeneratorType, partial, dict, list, tuple)
+_OF_ALL = (random.random.__self__, np.random.mtrand._rand, torch.default_generator)  # type: ignore[attr-defined]
+_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "transformers", "datasets", "accelerate", "hf_padam"}
+"""Not searched for what functions use of them."""
+
 _METHODS = ("__call__", "__getitem__", "__getitems__", "__iter__", "torch_call")
 
 
@@ -134,7 +139,7 @@ class _Prepare:
     def __init__(self, dataset: Any, collate: Callable[[Any], Any], place: Place, stream: bool) -> None:
         self.dataset, self.collate, self.place, self.stream = dataset, collate, place, stream
         self.number = 0  # of a stream's next batch in this epoch, in this worker
-        self.warned = False
+        self.warned, self.told = False, -1
         for part in list(_held(collate)):  # Transformers' collators make theirs in each worker otherwise
             if hasattr(part, "create_rng") and part.seed is not None and part.generator is None:
                 part.create_rng()
@@ -145,9 +150,18 @@ class _Prepare:
         number = (worker and worker.id, self.number) if self.stream else batch.number
         self.number += 1
         seed = self.place.key("batch", self.place.process, number)
+        if not self.stream:
+            self.tell_epoch()
         with self.place.prepares(seed):
             self.reseed(seed)
             return self.collate(batch if self.stream else _fetch(self.dataset, batch))
+
+    def tell_epoch(self) -> None:
+        """Tell the dataset the epoch, if it wants to know it: persistent workers would hear of the first alone."""
+        epoch, tell = self.place.epoch, getattr(self.dataset, "set_epoch", None)
+        if callable(tell) and self.place.apart and epoch != self.told:
+            tell(epoch)
+            self.told = epoch
 
     def reseed(self, seed: int) -> None:
         """Set the generators that collator, dataset and their functions own, by the states that they began with."""
@@ -192,6 +206,7 @@ class _Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         self.prepare.number = 0
+        self.prepare.tell_epoch()
         place, worker = self.prepare.place, get_worker_info()
         seed = place.key("stream", worker and worker.id)
         if place.epoch:  # as for the order
@@ -271,40 +286,85 @@ def _state(seed: int) -> Iterator[None]:
 
 def _owned(thing: Any) -> Iterator[Any]:
     """Yield the random generators that an object or function holds, always in the same order."""
-    return (part for part in _held(thing) if isinstance(part, _GENERATORS))
+    return (part for part in _held(thing) if isinstance(part, _GENERATORS) and all(part is not own for own in _OF_ALL))
 
 
-def _held(thing: Any, depth: int = _DEPTH, seen: set[int] | None = None) -> Iterator[Any]:
+def _held(thing: Any, depth: int = _DEPTH, seen: dict[int, Any] | None = None) -> Iterator[Any]:
     """Yield an object, and the objects that it holds.
 
-    Streams of the datasets library are left out: what they draw depends on their seed and the epoch as it is.
+    Generators of the datasets library's streams are left out: what they draw depends on their seed and the epoch as
+    it is. Those of functions that the streams map or are made from are not.
     """
-    seen = set() if seen is None else seen
-    if id(thing) in seen or type(thing).__module__.startswith("datasets.iterable_dataset"):
+    seen = {} if seen is None else seen
+    if id(thing) in seen:
         return
-    seen.add(id(thing))
+    seen[id(thing)] = thing  # and alive, for its id to stay its own
     yield thing
+    streams = type(thing).__module__.startswith("datasets.iterable_dataset")
+    left_out = (*_NOT_SEARCHED, *_GENERATORS) if streams else _NOT_SEARCHED
     for part in _parts(thing) if depth else ():
-        yield from _held(part, depth - 1, seen)
+        if not isinstance(part, left_out):
+            yield from _held(part, depth - 1, seen)
 
 
 def _parts(thing: Any) -> Iterable[Any]:
-    if isinstance(thing, dict):
-        return thing.values() if len(thing) <= _WIDTH else ()
-    if isinstance(thing, list | tuple):
-        return thing if len(thing) <= _WIDTH else ()
+    if isinstance(thing, dict | list | tuple):
+        parts = list(thing.values()) if isinstance(thing, dict) else thing
+        return parts if len(parts) <= _WIDTH or isinstance(parts[0], (*_GENERATORS, Dataset)) else ()
     if isinstance(thing, partial):
-        return (thing.func, thing.args, thing.keywords)
+        return (thing.func, thing.args, thing.keywords, vars(thing))
     if isinstance(thing, MethodType):
-        return (thing.__self__,)
+        return (thing.__self__, thing.__func__)
+    if isinstance(thing, BuiltinMethodType):
+        return (thing.__self__,) if isinstance(thing.__self__, _GENERATORS) else ()
+    if isinstance(thing, GeneratorType):
+        return thing.gi_frame.f_locals.values() if thing.gi_frame is not None else ()
     if isinstance(thing, FunctionType):
-        held = getclosurevars(thing)
-        named = [value for value in held.globals.values() if isinstance(value, (*_GENERATORS, FunctionType))]
-        return [*held.nonlocals.values(), *named]
-    if isinstance(thing, _NOT_SEARCHED) or not hasattr(thing, "__dict__"):
-        return ()
-    methods = [getattr(type(thing), name, None) for name in _METHODS]
-    return [*vars(thing).values(), *(method for method in methods if isinstance(method, FunctionType))]
+        return _used(thing)
+    slots, shared = _of_class(type(thing))  # type: ignore[arg-type]  # a class is hashable
+    return [*getattr(thing, "__dict__", {}).values(), *(getattr(thing, name, None) for name in slots), *shared]
+
+
+@cache
+def _of_class(kind: type) -> tuple[list[str], list[Any]]:
+    """Return the names of a class's slots, and its generators and methods."""
+    slots, generators = [], []
+    for table in map(vars, kind.__mro__[:-1]):
+        names = table.get("__slots__", ())
+        slots += [names] if isinstance(names, str) else list(names)
+        generators += [value for value in table.values() if isinstance(value, _GENERATORS)]
+    methods = [getattr(kind, name, None) for name in _METHODS]
+    return slots, generators + [method for method in methods if isinstance(method, FunctionType)]
+
+
+def _used(function: FunctionType) -> Iterable[Any]:
+    """Return what a function uses: variables around it, defaults, attributes; what it names, but of libraries."""
+    used = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values()]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # it is empty
+            used.append(cell.cell_contents)
+    if _is_of_library(function.__module__):
+        return used
+    names = _named(function.__code__)
+    for value in [function.__globals__[name] for name in names if name in function.__globals__]:
+        if isinstance(value, ModuleType):
+            own = () if _is_of_library(value.__name__) else names
+            used += [vars(value)[name] for name in own if name in vars(value)]
+        elif isinstance(value, _SEARCHED) or not _is_of_library(type(value).__module__):
+            used.append(value)
+    return used
+
+
+def _named(code: CodeType) -> list[str]:
+    """Return the names of globals and attributes in a function's code, and in that of functions within it."""
+    return [
+        *code.co_names,
+        *(name for inner in code.co_consts if isinstance(inner, CodeType) for name in _named(inner)),
+    ]
+
+
+def _is_of_library(module: str | None) -> bool:
+    return module is None or module.partition(".")[0] in _LIBRARIES
 
 
 def _first_state(generator: Any) -> str:

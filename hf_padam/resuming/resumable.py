@@ -105,6 +105,11 @@ class ResumableTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return Place(seed, self.args.process_index, apart)
 
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Begin with the seeds of a trial, if it is one: called before anything is made from the arguments."""
+        super()._hp_search_setup(trial)
+        self._place = self._begin(self._place.apart)
+
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the training data; what it draws depends on the place in the run, see `draws`."""
         loader = super().get_train_dataloader()

@@ -47,7 +47,8 @@ def names_in_memory(model: nn.Module, saved: Mapping[str, Sequence[int]]) -> dic
         is_copy = bool(params) and first.setdefault(params, keys[0]) != keys[0]
         found[name] = () if is_copy else params
         held[found[name]] += math.prod(saved[name])
-    _check({name: param.numel() for name, param in model.named_parameters()}, held)
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # sinusoidal positions, for example
+    _check({name: p.numel() for name, p in model.named_parameters() if name not in unsaved or (name,) in held}, held)
     return found
 
 

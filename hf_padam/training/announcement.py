@@ -12,10 +12,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.training_args import OptimizerNames
 
 from .decay_report import decaying_names, describe_decay
-from .options import options_of
+from .optim_args import parse_optim_args
+from .options import OPTIONS, options_of
 from .other_optimizers import asks_for_decay
 from .param_groups import decayed_parameters
 from .registration import OPTIMIZERS, optimizer_options
+
+logger = logging.getLogger(__name__)
 
 
 def decay_targets(args: TrainingArguments) -> dict[str, Any]:
@@ -36,6 +39,22 @@ def decayed_names(model: nn.Module, optimizer: Any, args: TrainingArguments) -> 
     """
     names = decaying_names(model, optimizer)
     return list(decayed_parameters(model, **decay_targets(args))) if names is None else names
+
+
+def warn_of_unused_options(args: TrainingArguments) -> None:
+    """Warn of the options of padam that say nothing to an optimizer that a Trainer was given."""
+    if OptimizerNames(args.optim).value not in OPTIMIZERS:
+        return
+    typed = options_of(args)
+    given = {key for key in OPTIONS if getattr(typed, key) != OPTIONS[key].default}
+    given |= parse_optim_args(args.optim_args).keys()
+    if given:
+        logger.warning(
+            "%s: no effect on the optimizer that this Trainer was given. Let the Trainer make it "
+            '(optim="padam", neither optimizers nor optimizer_cls_and_kwargs), or build it with '
+            "hf_padam.PAdam(hf_padam.get_param_groups(model, ...)) and drop these options.",
+            ", ".join(sorted(given)),
+        )
 
 
 class DecayAnnouncement(TrainerCallback):

@@ -96,8 +96,9 @@ class CallbackFromGroups(TargetSparsityCallback):
                 warn_of_strangers(kwargs["model"], optimizer)
         steerable = groups if isinstance(optimizer, PAdam) else []  # the keys of others are theirs
         plans = [group for group in steerable if group.get("target_sparsity") is not None]
-        self._steering = None
-        if plans:
+        earlier, self._steering = self._steering, None
+        attached = steering_of(optimizer)
+        if plans and (attached is None or attached is earlier):  # else the script has attached its own
             self._plan = {
                 "target": None,  # the groups' own
                 "start": plans[0].get("target_start", DEFAULT_START),

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..optim import unwrap
+from ..optim.exemptions import CHOSEN
 from .linear_maps import WholeShapes, embedding_weights, linear_matrices
 
 logger = logging.getLogger(__name__)
@@ -53,12 +54,17 @@ def describe_decay(model: nn.Module, decayed: Collection[str]) -> str:
 
 
 def warn_of_strangers(model: nn.Module, optimizer: Any) -> None:
-    """Warn where parameters decay that are no matrices of linear maps, unless their groups were made for this decay.
+    """Warn where parameters decay that are no matrices of linear maps, unless they were chosen for this decay.
 
-    These name their parameters, as `get_param_groups` does; those that a Trainer makes for any optimizer do not.
+    So they are in groups that name them and say how they decay, as those of `get_param_groups` do, and not those that
+    scripts and the Trainer make for any optimizer; or where `add_pnorm_decay` is told which they are.
     """
-    unnamed = [group for group in _decaying_groups(optimizer) if "param_names" not in group]
-    decaying = {id(param) for group in unnamed for param in group["params"]}
+    groups = getattr(unwrap(optimizer), "param_groups", [])
+    chosen = getattr(unwrap(optimizer), CHOSEN, None)
+    named = {i for i, group in enumerate(groups) if "param_names" in group} if chosen is None else chosen
+    meant = [id(group) for i, group in enumerate(groups) if i in named]
+    others = [group for group in _decaying_groups(optimizer) if id(group) not in meant]
+    decaying = {id(param) for group in others for param in group["params"]}
     proper = linear_matrices(model) - {id(param) for param in embedding_weights(model)}
     strangers = [name for name, param in model.named_parameters() if id(param) in decaying - proper]
     if strangers:

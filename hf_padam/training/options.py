@@ -200,7 +200,9 @@ def read(name: str, value: Any) -> Any:
         raise ValueError(f"{name}={text!r} must be {accepted(name)}")
     if isinstance(value, dict):
         return {key: plain(share) for key, share in value.items()}
-    return plain(value)  # not NumPy's number: it could not be written as JSON
+    if is_number(value):
+        return float(plain(value))  # not NumPy's, which JSON does not know; nor an int, to which a search would cast
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -39,8 +39,8 @@ class PerplexityMeter:
             self.reason = "context and sequence parallelism cut the sequences in pieces"
         self.aligned: Callable[[Tensor], Tensor] | None = None
         """`following` or `unshifted`: what turns labels into what each position predicts, once it is known."""
-        self.follows_loss = False
-        """Whether the first batch's loss was the mean NLL of the labels of the only process, computed in fp32."""
+        self._follows: set[bool] = set()
+        """Whether losses were the mean NLL of the only process's labels, in fp32: of even batches, of ragged ones."""
         self._accelerator = accelerator
         self._sums = torch.zeros(2, dtype=widest_float(accelerator.device), device=accelerator.device)  # NLL, tokens
 
@@ -75,12 +75,23 @@ class PerplexityMeter:
             padded = nn.functional.pad(labels, (scores.shape[1] - labels.shape[1], 0), value=IGNORED)
             targets = torch.stack([aligned(padded) for aligned in candidates], dim=-1)
             nll, counts = token_nll(scores, targets).sum(1, dtype=self._sums.dtype), targets.ne(IGNORED).sum(1)
-        chosen = 0 if self.aligned else self._choose(loss, nll, counts, own_loss)
+        chosen, follows = (0, False) if self.aligned else self._choose(loss, nll, counts, own_loss)
+        if self._follows and loss is not None and counts.any():  # a ragged batch after even ones
+            follows = bool((loss - nll.sum() / counts.sum()).abs() <= _TOLERANCE * max(1.0, float(loss)))
         if chosen is not None:
             self.aligned = candidates[chosen]
-            self.follows_loss &= scores is not None and scores.shape[1] == labels.shape[1]
+            if follows and scores is not None and scores.shape[1] == labels.shape[1]:
+                self._follows.add(is_ragged(self.aligned(labels)))
             for i, values in enumerate((nll, counts)):  # (batch, candidates)
                 self._sums[i] += values[:rows, chosen].sum().to(self._sums)
+
+    def follows_loss(self, labels: Tensor) -> bool:
+        """Whether the loss of a batch is known to be the mean NLL of its labels.
+
+        It is where a ragged batch's was. One of as many tokens in every row does not tell a mean over tokens from a
+        mean over rows, and speaks for its like alone.
+        """
+        return True in self._follows or False in self._follows and not is_ragged(self.aligned(labels))  # type: ignore
 
     def add_mean(self, loss: Tensor, labels: Tensor) -> None:
         """Add a batch whose loss is the mean NLL of its labels, as `follows_loss` says: its logits are not needed."""
@@ -99,8 +110,10 @@ class PerplexityMeter:
 
     def _choose(
         self, loss: Tensor | None, nll: Tensor, counts: Tensor, own_loss: Callable[[], Tensor | None]
-    ) -> int | None:
+    ) -> tuple[int | None, bool]:
         """Return which candidate's mean is the loss, the same everywhere; None if none is, or nothing is predicted.
+
+        And whether that is the loss that was reported for the only process, in fp32.
 
         Args:
             loss: As in `add`.
@@ -112,9 +125,9 @@ class PerplexityMeter:
         if tokens.isnan().any():
             self.reason = "the model does not score every label of a sequence"
         elif not sums.isfinite().all():
-            return 0  # whichever it is, the perplexity is not finite either
+            return 0, False  # whichever it is, the perplexity is not finite either
         if self.reason or not tokens.any():
-            return None
+            return None, False
         total = sums.sum(0) / tokens.sum(0)
         for ask in (lambda: loss, own_loss):
             value = ask()
@@ -127,18 +140,23 @@ class PerplexityMeter:
             chosen = int(misses.argmin())
             half = value.dtype in (torch.bfloat16, torch.float16)
             if misses[chosen] <= (_HALF_TOLERANCE if half else _TOLERANCE):
-                self.follows_loss = ask is not own_loss and not half and len(losses) == 1
-                return chosen
+                return chosen, ask is not own_loss and not half and len(losses) == 1
         means = " or ".join(f"{mean:.5g}" for mean in total.tolist())
         self.reason = (
             f"the model's own loss of the first batch, {losses.mean():.5g}, is not the mean negative log-likelihood "
             f"of its labels, {means}"
         )
-        return None
+        return None, False
 
     def _gather(self, values: Tensor) -> Tensor:
         """Return every process's values, one row each, on the host."""
         return self._accelerator.gather(values.to(self._sums)[None]).cpu()
+
+
+def is_ragged(targets: Tensor) -> bool:
+    """Whether rows of a batch, of (batch, length), have unequal numbers of predicted tokens."""
+    counts = targets.ne(IGNORED).sum(1)
+    return bool((counts != counts[0]).any())
 
 
 def unshifted(labels: Tensor) -> Tensor:

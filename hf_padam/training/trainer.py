@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, default_compute_objective
 from transformers.training_args import OptimizerNames
 
 from ..optim.schedules import scheduled_p_norm
 from ..resuming.settings import check_added_decay, check_decayed
-from .announcement import DecayAnnouncement, decay_targets, decayed_names
+from .announcement import DecayAnnouncement, decay_targets, decayed_names, warn_of_unused_options
 from .callbacks import PNormScheduleCallback, ScheduleFromArguments
 from .distilling_trainer import DistillingTrainer
 from .gradients import UnreadNorms, check_gradient_norm, leaves_out_steps
@@ -58,6 +59,7 @@ class PAdamTrainer(DistillingTrainer):
         self._meter: PerplexityMeter | None = None  # during an evaluation
         self._said: set[str] = set()
         self._unread_norms = UnreadNorms()
+        self._optimizer_given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if not any(isinstance(callback, PNormScheduleCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(ScheduleFromArguments())
         if not any(isinstance(callback, DecayAnnouncement) for callback in self.callback_handler.callbacks):
@@ -67,12 +69,27 @@ class PAdamTrainer(DistillingTrainer):
         """Create the optimizer; add a p-norm decay if the arguments ask for one and it is not PAdam."""
         if asks_for_decay(self.args) and self.is_deepspeed_enabled:
             check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        if self._optimizer_given and self.is_world_process_zero():
+            warn_of_unused_options(self.args)
         optimizer = super().create_optimizer(model)
         if asks_for_decay(self.args):
             model = self.model if model is None else model
             assert model is not None
             attach_decay(optimizer, model, self.args, decay_targets(self.args))
         return optimizer
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, float]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Search; see `transformers.Trainer.hyperparameter_search`. By default nothing that this class reports counts.
+
+        The objective is the evaluation loss then, or the sum of what `compute_metrics` returns.
+        """
+        return super().hyperparameter_search(hp_space, compute_objective or _objective, *args, **kwargs)
 
     def _settings(self) -> dict[str, Any]:
         settings = super()._settings() | {_ADDED_DECAY: asks_for_decay(self.args)}
@@ -164,7 +181,7 @@ class PAdamTrainer(DistillingTrainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         shifted = inputs.get("shift_labels")
         labels = self._prepare_input(labels if shifted is None else shifted)
-        if self._loss_is_enough(meter, shifted is not None):
+        if self._loss_is_enough(meter, labels, shifted is not None):
             loss, logits, targets = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             assert loss is not None  # there are labels
             meter.add_mean(loss, labels)
@@ -213,12 +230,12 @@ class PAdamTrainer(DistillingTrainer):
         prefixed = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         return output._replace(metrics={**(output.metrics or {}), **prefixed})
 
-    def _loss_is_enough(self, meter: PerplexityMeter, shifted: bool) -> bool:
+    def _loss_is_enough(self, meter: PerplexityMeter, labels: Tensor, shifted: bool) -> bool:
         """Whether the loss of every batch is known to be the mean NLL of the tokens that the meter counts.
 
         The Trainer has the model divide by its own count of tokens, which is to be the same.
         """
-        if not meter.follows_loss or self.args.n_gpu > 1 or self.label_smoother or self.compute_loss_func:
+        if self.args.n_gpu > 1 or self.label_smoother or self.compute_loss_func or not meter.follows_loss(labels):
             return False
         shifts = getattr(self, "_loss_shifts_labels", None)  # not in every version of Transformers
         counted_alike = not self.model_accepts_loss_kwargs or shifted or shifts is (meter.aligned is following)
@@ -227,3 +244,9 @@ class PAdamTrainer(DistillingTrainer):
     def _own_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         with self.compute_loss_context_manager():
             return own_loss(model, self._prepare_inputs(inputs), self.accelerator.unwrap_model(model))
+
+
+def _objective(metrics: dict[str, float]) -> float:
+    """Return what Transformers' own would be if the evaluation did not report perplexity and sparsity."""
+    own = ("_perplexity", "_sparsity", "_sparsity_total")
+    return default_compute_objective({key: value for key, value in metrics.items() if not key.endswith(own)})

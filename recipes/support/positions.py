@@ -21,7 +21,8 @@ def longest_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     tokens are passed through the model, up to its first layer. Every process must call this.
     """
     config = model.config.get_text_config()
-    stated = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    names = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+    stated = [getattr(config, name, None) for name in names]
     limits = [limit for limit in stated if isinstance(limit, int) and limit > 0]  # XLNet states -1
     if PartialState().is_main_process:  # which has all weights, whatever the others have
         limits += _learned_positions(model)
@@ -32,7 +33,7 @@ def longest_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 @torch.no_grad()
 def _learned_positions(model: PreTrainedModel) -> list[int]:
     """Return of each table of learned positions how many tokens it is enough for."""
-    padding = model.config.get_text_config().pad_token_id
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     tokens = torch.full((1, _LENGTH), 1 if padding == 0 else 0, device=model.device)
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     layers = max(lists, key=len, default=None)

@@ -135,6 +135,15 @@ def test_a_mapping_of_names_is_followed(compressed):
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
+def test_a_renaming_that_leads_out_of_the_model_is_not_followed(compressed, tmp_path):
+    """As from DeepSeek V4's `norm` of the attention, which its last norm is called, too."""
+    model = tiny_llama()
+    loaded = AutoModelForCausalLM.from_pretrained(compressed(model), key_mapping={r"\.norm\.": ".kv_norm."})
+    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
+    loaded.save_pretrained(tmp_path / "again")
+    assert "model.norm.weight" in load_file(tmp_path / "again" / "model.safetensors")
+
+
 def test_sizes_that_differ_may_be_asked_for(compressed):
     directory = compressed(tiny_llama())
     options = dict(intermediate_size=48, ignore_mismatched_sizes=True)

@@ -18,6 +18,7 @@ from transformers import (
     BertConfig,
     BloomConfig,
     CamembertConfig,
+    CodeGenConfig,
     GPT2Config,
     GPTNeoConfig,
     LlamaConfig,
@@ -27,6 +28,7 @@ from transformers import (
     OPTConfig,
     ProphetNetConfig,
     RobertaConfig,
+    WhisperConfig,
     XLMRobertaConfig,
     XLNetConfig,
 )
@@ -69,6 +71,13 @@ CONFIGS = [
         ), 32, True,
     ),
     (MptConfig(vocab_size=64, d_model=16, n_layers=1, n_heads=2, max_seq_len=32), 32, True),
+    (
+        WhisperConfig(
+            vocab_size=64, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16,
+            max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ), 32, True,
+    ),
+    (CodeGenConfig(vocab_size=64, n_embd=16, n_layer=1, n_head=4, rotary_dim=4, n_positions=32), 32, True),
     (LlamaConfig(**SIZES, max_position_embeddings=32), 32, False),
     (MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4, max_position_embeddings=32), 32, False),
     (MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1), NO_LIMIT, False),

@@ -6,6 +6,7 @@ import functools
 import random
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -52,6 +53,49 @@ def of_the_module(batch):
     return hide(batch, MODULE_GENERATOR.random)
 
 
+HELD = {"generators": [np.random.default_rng(4)]}
+
+
+class Slotted:
+    __slots__ = ("generator",)
+
+    def __init__(self):
+        self.generator = random.Random(5)
+
+
+class Hidden:
+    """Draws from generators that are held in every other way."""
+
+    shared = random.Random(6)
+
+    def __init__(self):
+        self.nested = [{"nest": (functools.partial(lambda slotted: slotted.generator.random(), Slotted()),)}] * 2
+        self.bound = random.Random(7).random
+        self.many = [random.Random(seed) for seed in range(150)]
+
+    def __call__(self, batch, default=random.Random(8)):  # noqa: B008
+        def draw():
+            held = HELD["generators"][0].random() + default.random() + self.many[120].random()
+            return (held + self.nested[0]["nest"][0]() + self.bound() + self.shared.random()) % 1
+
+        return hide(batch, draw)
+
+
+class Epochs(torch.utils.data.Dataset):
+    """Rows that depend on the epoch, as the loader tells it."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, index):
+        return {name: row[self.epoch : self.epoch + 16] for name, row in ROWS[index].items()}
+
+
 class Cropped(torch.utils.data.Dataset):
     """Rows with random draws in them."""
 
@@ -80,6 +124,20 @@ class Stream(IterableDataset):
 
 def hf_stream():
     return Dataset.from_list(ROWS).to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=8)
+
+
+def mapped_stream():
+    """Of functions with generators of their own."""
+    shuffler, cropper = random.Random(3), np.random.default_rng(3)
+
+    def rows():
+        yield from shuffler.sample(ROWS[:10], 10)
+
+    def crop(row):
+        start = int(cropper.integers(8))
+        return {name: values[start : start + 16] for name, values in row.items()}
+
+    return datasets.IterableDataset.from_generator(rows).map(crop).shuffle(seed=1, buffer_size=4)
 
 
 def language_modeling(seed=None):
@@ -121,6 +179,8 @@ KINDS = {
     "own of python": masking(lambda: Collator(lambda: random.Random(3)), gradient_accumulation_steps=2),
     "in a closure": masking(closure),
     "of the module": masking(lambda: of_the_module),
+    "hidden": masking(Hidden),
+    "epochs, persistent workers": rows_from(Epochs, **PERSISTENT),
     "dataset": rows_from(Cropped),
     "dataset, numpy": rows_from(lambda: Cropped(np.random.random), **WORKERS),
     "dataset, own": rows_from(lambda: Cropped(seed=3), **PERSISTENT),
@@ -134,6 +194,7 @@ KINDS = {
     "stream, own": rows_from(lambda: Stream(lambda: random.Random(3))),
     "stream, own, persistent workers": rows_from(lambda: Stream(lambda: random.Random(3)), **PERSISTENT),
     "stream of datasets": rows_from(hf_stream),
+    "stream of datasets, mapped, own": rows_from(mapped_stream),
     "stream of datasets, workers": rows_from(hf_stream, **WORKERS),
     "stream, masked, workers": lambda: rows_from(hf_stream, **WORKERS)() | {"data_collator": language_modeling(5)()},
 }

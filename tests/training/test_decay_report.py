@@ -10,7 +10,15 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments, WeightSparsity, decayed_parameters, get_param_groups
+from hf_padam import (
+    PAdam,
+    PAdamTrainer,
+    PAdamTrainingArguments,
+    WeightSparsity,
+    add_pnorm_decay,
+    decayed_parameters,
+    get_param_groups,
+)
 from hf_padam.resuming.checkpoints import CheckpointError
 from hf_padam.resuming.settings import check_decayed
 
@@ -112,6 +120,43 @@ def test_trls_grouping_is_treated_the_same(tmp_path, caplog):
 def test_what_the_arguments_ask_for_is_not_warned_of(decay_embeddings, tmp_path, caplog):
     padam_trainer(tmp_path, decay_embeddings=decay_embeddings).train()
     assert "no matrices" not in caplog.text and "one dimension" not in caplog.text
+
+
+def by_hand(model, **more):
+    """Two groups of named parameters, as scripts make them for AdamW."""
+    vectors = [(name, param) for name, param in model.named_parameters() if param.dim() == 1]
+    rest = [(name, param) for name, param in model.named_parameters() if param.dim() > 1]
+    return [{"params": rest, "weight_decay": 0.1} | more, {"params": vectors, "weight_decay": 0.0}]
+
+
+def with_decay(optimizer, **more):
+    add_pnorm_decay(optimizer, lambda_p=0.1, **more)
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("build", "warns"),
+    [
+        (lambda model: PAdam(by_hand(model)), True),
+        (lambda model: PAdam(by_hand(model, lambda_p=0.1)), False),
+        (lambda model: with_decay(torch.optim.AdamW(by_hand(model))), True),
+        (lambda model: with_decay(torch.optim.AdamW(by_hand(model)), params=dict(by_hand(model)[0]["params"])), False),
+    ],
+)
+def test_embeddings_that_decay_are_warned_of_unless_they_were_chosen_named_or_not(tmp_path, caplog, build, warns):
+    model = tiny_llama()
+    padam_trainer(tmp_path, model, (build(model), None)).train()
+    assert ("no matrices of linear maps, but embeddings" in caplog.text) is warns
+
+
+@pytest.mark.parametrize("how", ["optimizer", "class"])
+def test_options_that_say_nothing_to_the_optimizer_in_use_are_named(how, tmp_path, caplog):
+    model = tiny_llama()
+    args = PAdamTrainingArguments(**options(tmp_path, optim_args="late_decay=true", lambda_p=0.3))
+    given = {"optimizers": (torch.optim.AdamW(model.parameters()), None)}
+    given = given if how == "optimizer" else {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {})}
+    PAdamTrainer(model=model, args=args, train_dataset=blocks(), **given).train()
+    assert "lambda_p, late_decay: no effect on the optimizer that this Trainer was given" in caplog.text
 
 
 def test_sparsity_counts_what_the_optimizer_in_use_decays(tmp_path):

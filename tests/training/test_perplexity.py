@@ -181,6 +181,34 @@ def test_no_perplexity_where_the_models_loss_is_another_and_it_is_said_once(tmp_
     assert caplog.text.count("No eval_perplexity is reported: the model's own loss of the first batch") == 1
 
 
+class MeanOfRows(type(tiny_llama())):
+    """The mean over rows of each row's mean, which is that over tokens where all have as many."""
+
+    def loss_function(self, logits, labels, vocab_size, **kwargs):
+        nll, counts = sequence_nll(logits, labels)
+        return (nll / counts).float().mean()
+
+
+def test_even_batches_do_not_say_what_the_loss_of_ragged_ones_is(tmp_path):
+    model = MeanOfRows(tiny_llama().config)
+    model.loss_type = "ForCausalLM"  # which a class that is named like that has
+    data = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in blocks(2, 16)] + rows()
+    assert evaluate(model, tmp_path, data).evaluate()["eval_perplexity"] == pytest.approx(
+        own_perplexity_of(model, data)
+    )
+
+
+def own_perplexity_of(model, data):
+    """exp of the mean NLL of all tokens, from the logits."""
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)
+    for row in data:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits
+        sums += torch.cat(sequence_nll(logits, torch.tensor([row["labels"]])))
+    return math.exp(sums[0] / sums[1])
+
+
 def answers():
     model = BertForQuestionAnswering(BertConfig(vocab_size=97, **SMALL))
     return model, [{"input_ids": row["input_ids"], "start_positions": 1, "end_positions": 3} for row in blocks(4, 16)]

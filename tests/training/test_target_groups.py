@@ -230,14 +230,6 @@ def test_groups_with_a_target_that_nothing_steers_are_refused_before_a_weight_di
     optimizer.step()
 
 
-def test_a_trainer_steers_an_optimizer_of_ones_own_by_its_groups(tmp_path):
-    model = tiny_llama()
-    optimizer = PAdam(get_param_groups(model, target_sparsity=0.5), lr=1e-3)
-    args = TrainingArguments(tmp_path, max_steps=15, report_to=[], use_cpu=True, save_strategy="no")
-    Trainer(model=model, args=args, train_dataset=blocks(), optimizers=(optimizer, None)).train()
-    assert steering_of(optimizer).state()["sparsity"] == pytest.approx(0.5, abs=1e-3)
-
-
 def test_groups_of_both_importances_in_one_pool_are_measured_alike():
     """Sizes under fisher have a unit of their own; the same weights with the same gradients die alike."""
     torch.manual_seed(0)
@@ -263,3 +255,19 @@ def test_a_step_whose_learning_rate_is_zero_decays_nothing():
         before = weight.detach().clone()
         optimizer.step()
         assert torch.equal(weight, before) == (step == 20)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_groups_with_a_target_are_steered_by_any_trainer_unless_the_script_does(tmp_path, attached):
+    model = tiny_llama()
+    optimizer = PAdam(get_param_groups(model, target_sparsity=0.5), lr=1e-3)
+    steering = TargetSparsity(optimizer, total_steps=40) if attached else None
+    settings = dict(max_steps=20, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no")
+    trainer = Trainer(
+        model, TrainingArguments(str(tmp_path), **settings), train_dataset=blocks(), optimizers=(optimizer, None)
+    )
+    trainer.train()
+    zeros = sum(int((param == 0).sum()) for param in decayed_parameters(model).values())
+    share = zeros / sum(param.numel() for param in decayed_parameters(model).values())
+    assert share == pytest.approx(0.5, abs=1e-3) if not attached else 0 < share < 0.5
+    assert (steering_of(optimizer) is steering) == attached

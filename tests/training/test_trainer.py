@@ -334,6 +334,30 @@ def test_what_a_hyperparameter_search_sets_acts_as_if_it_had_been_given(tmp_path
     assert all(torch.equal(a, b) for a, b in zip(found.weights, given.weights, strict=True))
 
 
+def test_a_search_with_whole_numbers_as_defaults_does_not_round_what_it_tries(tmp_path):
+    args = PAdamTrainingArguments(**options(tmp_path, optim_args=None), lambda_p=1, p_norm=0)
+    trainer = PAdamTrainer(model_init=lambda: tiny_llama(), args=args, train_dataset=blocks(), eval_dataset=blocks(2))
+    best = trainer.hyperparameter_search(
+        hp_space=lambda trial: {key: trial.suggest_categorical(key, [0.4]) for key in ("lambda_p", "p_norm")},
+        n_trials=1,
+        backend="optuna",
+    )
+    assert (trainer.args.lambda_p, trainer.args.p_norm) == (0.4, 0.4)
+    evaluated = [row for row in trainer.state.log_history if "eval_loss" in row]
+    assert best.objective == evaluated[-1]["eval_loss"]  # by default, as without perplexity and sparsity
+
+
+def test_a_searched_seed_is_that_of_the_data_too(tmp_path):
+    args = PAdamTrainingArguments(**options(tmp_path), data_seed=1)
+    trainer = PAdamTrainer(model_init=lambda: tiny_llama(), args=args, train_dataset=blocks(), eval_dataset=blocks(2))
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"data_seed": trial.suggest_categorical("data_seed", [7])},
+        n_trials=1,
+        backend="optuna",
+    )
+    assert trainer._place.seed == 7
+
+
 def test_a_bad_schedule_from_a_search_is_refused_before_the_first_step(tmp_path):
     args = PAdamTrainingArguments(**options(tmp_path, optim_args=None))
     trainer = PAdamTrainer(model=tiny_llama(), args=args, train_dataset=blocks())
