@@ -18,7 +18,7 @@ from .training.options import PAdamOptions
 from .training.param_groups import decayed_parameters, get_param_groups
 from .training.trainer import PAdamTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "PAdam",
     "PAdam8bit",

@@ -198,7 +198,7 @@ def time_trainer(
     for name in [*ways] * 2:
         clock, trainer = Clock(), ways[name]()
         trainer.add_callback(clock)
-        trainer.train_dataset = data  # type: ignore[assignment]
+        trainer.train_dataset = data
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()

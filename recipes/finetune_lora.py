@@ -14,12 +14,11 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
 from support import report
 from support.arguments import DataArguments, ModelArguments, check_output_dir, check_resume, parse_arguments
 from support.base_zeros import BaseZeros
 from support.data import load_blocks
-from support.errors import UsageError, reports_usage_errors
+from support.errors import UsageError, needs_extra, reports_usage_errors
 from support.models import load_model_and_tokenizer, save_model
 from support.positions import longest_sequence
 from support.timing import StepTimer
@@ -27,6 +26,11 @@ from transformers import default_data_collator, set_seed
 from transformers.training_args import OptimizerNames
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments, decayed_parameters
+
+try:
+    from peft import LoraConfig, get_peft_model
+except ImportError as error:
+    needs_extra(error)
 
 
 @dataclass

@@ -18,17 +18,21 @@ from typing import Any
 from support import report
 from support.arguments import ModelArguments, check_output_dir, check_resume, parse_arguments
 from support.conversations import ConversationArguments, load_conversations
-from support.errors import UsageError, reports_usage_errors
+from support.errors import UsageError, needs_extra, reports_usage_errors
 from support.models import load_model_and_tokenizer, save_model
 from support.positions import longest_sequence
 from support.timing import StepTimer
 from transformers import set_seed
 from transformers.training_args import OptimizerNames
-from trl import SFTConfig, SFTTrainer
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
 from hf_padam.resuming.checkpoints import resolve_checkpoint
 from hf_padam.training.announcement import decay_targets, decayed_names
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ImportError as error:
+    needs_extra(error)
 
 
 @dataclass

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sparsity import TensorCount, count_zeros
-from .hyperparameters import is_number
+from .hyperparameters import is_number, named
 from .importance import REFERENCE, SCALE, Measured, fisher_scale, measure
 from .padam import PAdam, unwrap
 from .patterns import PATTERN, check_blocks, missing_in_blocks, zero_in_blocks_
@@ -379,6 +379,16 @@ class TargetSparsity:
             threshold,
             self.last,
         )
+        tensors = [(name, param) for group in pool for name, param in named(group) if param.requires_grad]
+        dead = [name for (name, _), count in zip(tensors, _counts(pool), strict=True) if count.zeros == count.elements]
+        if dead:
+            logger.warning(
+                "Target sparsity: all weights of %d of %d tensors have become zero, %s for one: of little importance "
+                'to the loss so far. target_scope="layer" gives each tensor its share.',
+                len(dead),
+                len(tensors),
+                dead[0],
+            )
 
 
 def _lambda_p(group: dict[str, Any]) -> float:

@@ -319,7 +319,7 @@ class _Follow(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stopping:
-            logger.warning("SIGTERM: saved checkpoint-%d, and stopping. Resume from it to go on.", state.global_step)
             self.trainer.callback_handler.on_train_end(args, state, control)  # for loggers to write what they hold
             self.trainer.accelerator.end_training()
+            logger.warning("SIGTERM: saved checkpoint-%d, and stopping. Resume from it to go on.", state.global_step)
             sys.exit(EXIT_STATUS)

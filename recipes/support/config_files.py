@@ -14,9 +14,14 @@ from hf_padam.files import write_atomically
 
 from .errors import UsageError, suggest
 
+_FILES, _DATASET = {"train_file", "validation_file", "test_file"}, {"dataset_name", "dataset_config_name"}
 _IN_PLACE_OF = {
-    name: {"lambda_p", "target_sparsity", "target_pattern"} - {name}
-    for name in ("lambda_p", "target_sparsity", "target_pattern")
+    **{
+        name: {"lambda_p", "target_sparsity", "target_pattern"} - {name}
+        for name in ("lambda_p", "target_sparsity", "target_pattern")
+    },
+    **{name: _FILES for name in _DATASET},
+    **{name: _DATASET for name in _FILES},
 }
 """Keys of a config file that give way to an option of the command line which excludes them."""
 

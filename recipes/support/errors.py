@@ -6,6 +6,7 @@ import difflib
 import functools
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from hf_padam.files import WriteError
 from hf_padam.resuming.checkpoints import CheckpointError
@@ -25,6 +26,12 @@ def suggest(name: str, known: set[str], prefix: str = "") -> str:
     """End a message on an unknown name by the known one that may have been meant, if one is like it."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {prefix}{close[0]}?)" if close else ""
+
+
+def needs_extra(error: ImportError) -> NoReturn:
+    """End a recipe, as it is imported, of which a package of the extra "trl" is missing."""
+    print(f'error: {error}; this recipe needs pip install -c constraints.txt -e ".[recipes,trl]"', file=sys.stderr)
+    sys.exit(UsageError.exit_status)
 
 
 def reports_usage_errors(main: Callable[[], None]) -> Callable[[], None]:
