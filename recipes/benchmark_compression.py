@@ -6,12 +6,12 @@ Nothing is downloaded: checkpoints in bf16 are made from the models' configs, wi
 random places in the linear layers, which is the hardest case (trained weights and the zeros of a decay have more
 order). Every round trip is compared byte by byte with the original file. The speeds are of a 1.1 B Llama, each in a
 process of its own; MB are of the dense file, and memory is what the process holds beside mapped files, as such and,
-without the loaded model, in multiples of the largest tensor. It takes 6 GB of memory, 8 GB of disk, and 8 minutes on
-two CPU cores. What to expect, in MB, and of the speeds, with 50 and 90 % zeros, on two cores of an EPYC:
+without the loaded model, in multiples of the largest tensor. It takes 6 GB of memory, 8 GB of disk, and 4 minutes on
+two CPU cores. What to expect, in MB, and of the speeds, with 50 and 90 % zeros, on two cores of a Xeon:
 
     SmolLM2-135M, 269 dense: 121 with 50 % zeros (bitmask 176, zstd 157, gzip 158), 92 with 70 %, 58 with 90 %
     GPT-2-small, 249 dense: 119 with 50 % zeros (bitmask 174, zstd 152, gzip 153), 96 with 70 %, 69 with 90 %
-    compress 235 and 353 MB/s, load 595 and 661, decompress 520 and 639; 0.7, 0.1 and 1.4 largest tensors
+    compress 284 and 301 MB/s, load 532 and 605, decompress 338 and 506; 0.7, 0.1 and 1.4 largest tensors
 
 A part of it: --models gpt2 --zeros 0.9 --speed_model none
 """

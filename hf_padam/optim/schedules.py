@@ -4,8 +4,8 @@ With p below 2 from the beginning, what is small at first dies before the gradie
 what is zero stays zero. The p of a step is a function of its number and of the total number of steps alone, so a run
 that is interrupted and resumed has the same p at every step.
 
-For the backend "compiled" a p that moves is a number, not a kernel: all values below 2 share one. Those that have a
-kernel of their own (1/2, 1, 3/2), if p happens to meet them exactly, are compiled once like any other.
+For the backend "compiled" a p that moves is a number, not a kernel: values between two even numbers share one. Those
+that have a kernel of their own (-1, 0, 1/2, 1, 3/2), if p happens to meet them exactly, are compiled once like others.
 """
 
 from __future__ import annotations
