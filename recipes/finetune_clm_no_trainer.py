@@ -38,6 +38,7 @@ from hf_padam.resuming.interruption import EXIT_STATUS, StopSignal
 from hf_padam.training.gradients import check_gradient_norm
 from hf_padam.training.lost_updates import warn_of_lost_updates
 from hf_padam.training.options import has_target, with_defaults
+from hf_padam.training.param_groups import remember_choice
 from hf_padam.training.perplexity import PerplexityMeter, own_loss
 from hf_padam.training.uneven_ends import rows_that_count
 
@@ -94,6 +95,7 @@ def main() -> None:
             target_scope=args.target_scope,
         )
         decayed = list(decayed_parameters(model, **which))
+        remember_choice(model, **which)
         rounding = {"bf16_stochastic_round": True, "rounding_seed": args.seed} if args.bf16_stochastic_round else {}
         optimizer = PAdam(groups, lr=args.learning_rate, backend=args.backend, **rounding)
         warn_of_lost_updates(optimizer.param_groups)

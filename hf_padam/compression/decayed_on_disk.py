@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..resuming.weight_names import UnknownNamesError, names_in_memory
-from ..training.param_groups import decayed_parameters
+from ..training.param_groups import decayed_parameters, remembered_choice
 from .model_directory import ModelDirectory
 
 
@@ -21,7 +21,7 @@ from .model_directory import ModelDirectory
 class DecayedOnDisk:
     """What is known of a checkpoint's tensors, by the names that they have there."""
 
-    decayed: set[str] | None  # those that decay by default; None where that is not known
+    decayed: set[str] | None  # those that decayed, as the config says, or by default; None where that is not known
     parameters: set[str]  # those that are parameters, each tied one once; all where that is not known
     along_rows: set[str]  # matrices whose input is their rows
     source: str  # how this was found, in words
@@ -33,7 +33,8 @@ class DecayedOnDisk:
         try:
             named = skeleton(model)
             homes = names_in_memory(named, shapes)
-            names = set(decayed_parameters(named))
+            choice = remembered_choice(named.config)
+            names = set(decayed_parameters(named, **choice))
             mixed = [name for name, params in homes.items() if names & set(params) and set(params) - names]
             if mixed:
                 raise UnknownNamesError(f"{mixed[0]} holds weights that decay and others that do not")
@@ -45,7 +46,7 @@ class DecayedOnDisk:
             {name for name, params in homes.items() if names & set(params)},
             {name for name, params in homes.items() if params},
             {name for name, params in homes.items() if conv1d & set(params)},
-            f"decayed: what decays by default in {type(named).__name__}",
+            f"decayed: what {'decayed in training' if choice else 'decays by default'} in {type(named).__name__}",
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
@@ -82,6 +83,47 @@ def decayed_parameters(
         entries = _by_entry(model, decayed, target_sparsity)
         return {name: decayed[name] for names in entries.values() for name in names}
     return decayed
+
+
+CHOICES = ("decay_embeddings", "target_modules", "dense_modules", "target_sparsity")
+"""The arguments of `decayed_parameters`."""
+
+_CHOICE = "padam_decays"
+"""The key of a model's config under which it is kept, if it is not the default, what decays."""
+
+
+def remember_choice(
+    model: nn.Module,
+    *,
+    target_sparsity: float | Mapping[str, float] | None = None,
+    **choice: bool | str | list[str] | None,
+) -> None:
+    """Keep in a Transformers model's config what of `decayed_parameters`' arguments is not the default.
+
+    `save_pretrained` writes it, so that reports of the files are about the weights that decayed.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return
+    kept: dict[str, Any] = {name: value for name, value in choice.items() if value}
+    if isinstance(target_sparsity, Mapping):
+        kept["target_sparsity"] = dict(target_sparsity)
+    if kept:
+        setattr(config, _CHOICE, kept)
+    elif hasattr(config, _CHOICE):
+        delattr(config, _CHOICE)
+
+
+def remembered_choice(config: Any) -> dict[str, Any]:
+    """Return the arguments of `decayed_parameters` that a config keeps; none if it keeps none.
+
+    Raises:
+        ValueError: If what it keeps is none of ours.
+    """
+    kept = getattr(config, _CHOICE, {})
+    if not isinstance(kept, dict) or not set(kept) <= set(CHOICES):
+        raise ValueError(f"the config's {_CHOICE} is {kept!r}, which no version known here has written")
+    return kept
 
 
 def get_param_groups(

@@ -34,7 +34,7 @@ from ..optim.hyperparameters import DEFAULT_LAMBDA_P, check_hyperparameters
 from .callbacks import CHECK_LATER, CallbackFromGroups
 from .optim_args import malformed, parse_optim_args, split_optim_args
 from .options import OPTIONS, check_target, has_target, options_of, read, with_defaults
-from .param_groups import get_param_groups
+from .param_groups import CHOICES, get_param_groups, remember_choice
 
 NAME = "padam"
 OPTIMIZERS: dict[str, type[PAdam]] = {NAME: PAdam, "padam_8bit": PAdam8bit}
@@ -104,6 +104,7 @@ def build_optimizer(model: nn.Module, *, optimizer_class: type[PAdam] = PAdam, *
     plan = {key: options.pop(key) for key in ("target_start", "target_end") if key in options}
     for_groups = {key: options.pop(key) for key in inspect.signature(get_param_groups).parameters if key in options}
     groups = get_param_groups(model, **for_groups)
+    remember_choice(model, **{key: for_groups[key] for key in CHOICES if key in for_groups})
     groups = [group | plan if "target_sparsity" in group else group for group in groups]
     return optimizer_class(groups, **options)
 

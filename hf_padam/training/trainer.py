@@ -24,6 +24,7 @@ from .gradients import UnreadNorms, check_gradient_norm, leaves_out_steps
 from .metrics import WeightSparsity, following
 from .options import SCHEDULE, options_of
 from .other_optimizers import asks_for_decay, attach_decay, check_deepspeed
+from .param_groups import remember_choice
 from .perplexity import PerplexityMeter, own_loss
 from .registration import OPTIMIZERS
 from .uneven_ends import marking_repeated_rows, rows_that_count
@@ -72,9 +73,11 @@ class PAdamTrainer(DistillingTrainer):
         if self._optimizer_given and self.is_world_process_zero():
             warn_of_unused_options(self.args)
         optimizer = super().create_optimizer(model)
+        model = self.model if model is None else model
+        assert model is not None
+        if not self._optimizer_given:
+            remember_choice(model, **decay_targets(self.args))
         if asks_for_decay(self.args):
-            model = self.model if model is None else model
-            assert model is not None
             attach_decay(optimizer, model, self.args, decay_targets(self.args))
         return optimizer
 

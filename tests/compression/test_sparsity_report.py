@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_llama
+from conftest import blocks, tiny_gpt2, tiny_llama
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from transformers import (
@@ -22,7 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from hf_padam import WeightSparsity, compress
+from hf_padam import PAdamTrainer, PAdamTrainingArguments, WeightSparsity, compress
 from hf_padam.__main__ import main
 
 
@@ -189,6 +189,32 @@ def test_report_card_and_compressed_directory_say_what_the_model_in_memory_says(
     card = (tmp_path / "compressed" / "README.md").read_text()
     zeros, decayed = expected["sparsity"], expected["decayed_parameters"]
     assert f"Zeros: {zeros:.2%} of the {decayed:,} decayed weights, {expected['sparsity_total']:.2%} of all" in card
+
+
+@pytest.mark.parametrize("optim", ["padam", "adamw_torch"])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"decay_embeddings": True},
+        {"dense_modules": ["down_proj"]},
+        {"optim_target_modules": ["q_proj"]},
+        {"target_sparsity": {"mlp": 0.5}},
+        {},
+    ],
+    ids=str,
+)
+def test_the_report_is_about_the_weights_that_decayed_whichever_they_were(choice, optim, tmp_path, capsys):
+    if optim != "padam" and choice and "decay_embeddings" not in choice:
+        pytest.skip("these options have no effect on other optimizers, which is an error")
+    common = dict(max_steps=13, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", optim=optim)
+    args = PAdamTrainingArguments(str(tmp_path / "out"), learning_rate=3e-3, **common, **choice)
+    trainer = PAdamTrainer(tiny_llama(tie_word_embeddings=False), args, train_dataset=blocks())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    main(["sparsity", str(tmp_path / "model"), "--json", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["sparsity"] == pytest.approx(trainer.sparsity()["sparsity"], abs=1e-9)
+    assert {row["name"] for row in report["tensors"] if row["decayed"]} == set(trainer.decayed_names())
 
 
 def test_a_second_copy_of_tied_weights_is_not_counted(tmp_path, capsys):
