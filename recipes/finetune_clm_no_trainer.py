@@ -200,6 +200,8 @@ def main() -> None:
                 progress.step += 1
                 bar.update()
                 last = progress.step == total_steps
+                if steering and last:
+                    steering.finish()  # loss scaling may have left out steps of the ramp
                 if progress.step % args.logging_steps == 0 or last:
                     mean_loss = accelerator.gather(torch.stack(progress.losses)).mean().item()
                     sparsity = WeightSparsity().compute(model=plain, decayed=decayed)["sparsity"]

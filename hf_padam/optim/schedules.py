@@ -51,15 +51,17 @@ def p_norm_at(
 
     Args:
         progress: Steps taken before, as a share of all steps: 0 at the first.
-        final: p from `share` of the training on; exactly this number.
+        final: p from `share` of the training on; exactly this number, which is finite.
         start: p at the first step.
         share: Of training, over which p moves; in (0, 1].
         shape: "linear", "cosine" (slow at both ends) or "constant", which is `final` from the beginning.
 
     Raises:
-        ValueError: If `start`, `share` or `shape` is not allowed.
+        ValueError: If `start`, `share` or `shape` is not allowed, or `final` is not finite.
     """
     check_schedule(start, share, shape)
+    if shape != "constant" and not math.isfinite(final):
+        raise ValueError(f"p_norm={final!r} is not where a schedule can move to: give a finite p_norm")
     start, share, final = float(start), float(share), float(final)  # not NumPy's, in its precision
     x = progress / share
     if shape == "constant" or x >= 1:

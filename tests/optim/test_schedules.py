@@ -213,3 +213,10 @@ def test_it_follows_accelerates_optimizer_and_optimizers_of_others_with_its_keys
         seen.append(optimizer.optimizer.param_groups[0]["p_norm"])
         scheduler.step()
     assert seen == pytest.approx([2.0, 1.7, 1.4, 1.1, 0.8])
+
+
+def test_a_schedule_cannot_move_p_to_minus_infinity():
+    """The way there would be no number at all."""
+    optimizer = PAdam([torch.nn.Parameter(torch.ones(4, 4))], p_norm=-math.inf)
+    with pytest.raises(ValueError, match="p_norm=-inf is not where a schedule can move to"):
+        PNormScheduler(optimizer, total_steps=10)
