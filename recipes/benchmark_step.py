@@ -7,6 +7,7 @@ Everything runs in one process; the optimizers take turns, and the median of the
 
     python recipes/benchmark_step.py --models smollm2-135m --dtypes fp32 --p_norms 0.8 1 --repeats 15
     python recipes/benchmark_step.py --models gpt2 --dtypes fp32 --p_norms 0.8 --trainer_steps 6
+    python recipes/benchmark_step.py --models smollm2-135m --dtypes fp32 --importances magnitude fisher --p_norms 0.8 -1
 
 The time that a step keeps the host busy before the GPU has anything to do, on tiny CPU tensors; it needs no GPU:
 
@@ -24,7 +25,9 @@ parameters, take AdamW's step, then decay in a second pass. A first step with no
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -42,6 +45,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments
 from hf_padam.files import write_atomically
 from hf_padam.optim.backends import BACKENDS
+from hf_padam.optim.update import IMPORTANCES
 
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2-135m": dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536,
@@ -92,13 +96,18 @@ def peak_extra_bytes(step: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-def contenders(params: Sequence[Tensor], p_norms: list[float]) -> list[tuple[str, float | None, Callable[[], Any]]]:
-    """Return (name, p_norm, step) for everything timed. All share one pair of moments, so that large models fit."""
+def contenders(
+    params: Sequence[Tensor], p_norms: list[float], importances: Sequence[str]
+) -> list[tuple[str, float | None, Callable[[], Any]]]:
+    """Return (name, p_norm, step) for everything timed. All share one pair of moments, so that large models fit.
+
+    They are said to have taken 100 steps, for in the first ones "fisher" decays nothing.
+    """
     moments = {param: dict(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param)) for param in params}
 
     def sharing(optimizer: torch.optim.Optimizer, step_device: torch.device) -> torch.optim.Optimizer:
         for param in params:
-            optimizer.state[param] = dict(step=torch.zeros((), device=step_device), **moments[param])
+            optimizer.state[param] = dict(step=torch.full((), 100.0, device=step_device), **moments[param])
         return optimizer
 
     cpu, device = torch.device("cpu"), params[0].device
@@ -116,19 +125,22 @@ def contenders(params: Sequence[Tensor], p_norms: list[float]) -> list[tuple[str
         for param, before in zip(params, old, strict=True):
             param.div_(1 + LR * LAMBDA_P * before.abs() ** (p_norm - 2))
 
-    def padam(optimizer: PAdam, p_norm: float) -> None:
-        optimizer.param_groups[0]["p_norm"] = p_norm
+    def padam(optimizer: torch.optim.Optimizer, p_norm: float, importance: str) -> None:
+        optimizer.param_groups[0] |= {"p_norm": p_norm, "importance": importance}
         optimizer.step()
 
     for name, backend in BACKENDS.items():
         if backend.unavailable(device) is None:
             optimizer = sharing(PAdam(params, lr=LR, lambda_p=LAMBDA_P, weight_decay=0.0, backend=name), cpu)
-            for p_norm in p_norms:
-                timed.append((f"PAdam {name}", p_norm, lambda o=optimizer, p=p_norm: padam(o, p)))  # type: ignore[misc]
+            for importance, p_norm in itertools.product(importances, p_norms):
+                label = f"PAdam {name}" + (f", {importance}" if importance != "magnitude" else "")
+                timed.append((label, p_norm, functools.partial(padam, optimizer, p_norm, importance)))
     return timed + [("two-pass", p_norm, lambda p=p_norm: two_pass(p)) for p_norm in p_norms]
 
 
-def time_steps(model: str, dtype: str, p_norms: list[float], repeats: int, device: torch.device) -> list[Row]:
+def time_steps(
+    model: str, dtype: str, p_norms: list[float], importances: Sequence[str], repeats: int, device: torch.device
+) -> list[Row]:
     """Time every contender on one model's parameter list."""
     with torch.device("meta"):
         shapes = [param.shape for param in build(model).parameters()]
@@ -136,7 +148,7 @@ def time_steps(model: str, dtype: str, p_norms: list[float], repeats: int, devic
     params = [torch.nn.Parameter((torch.randn(shape, device=device) / 50).to(DTYPES[dtype])) for shape in shapes]
     for param in params:
         param.grad = torch.randn_like(param) / 100
-    timed = contenders(params, p_norms)
+    timed = contenders(params, p_norms, importances)
     source = torch.empty(2**26, device=device).normal_()
     target = torch.empty_like(source)
     timed.append(("copy", None, lambda: target.copy_(source)))
@@ -226,6 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=fitting)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--p_norms", nargs="+", type=float, default=[0.5, 0.8, 1.0, 1.5])
+    parser.add_argument("--importances", nargs="+", choices=IMPORTANCES, default=["magnitude"])
     parser.add_argument("--repeats", type=int, default=7, help="turns that each optimizer takes")
     parser.add_argument("--trainer_steps", type=int, default=0, help="also time the Trainer, over so many steps")
     parser.add_argument("--trainer_batch", type=int, nargs=2, default=[8, 512] if device.type != "cpu" else [1, 128],
@@ -237,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[Row] = time_host(options.repeats) if options.host else []
     for model in options.models if not options.host else ():
         for dtype in options.dtypes:
-            rows += time_steps(model, dtype, options.p_norms, options.repeats, device)
+            rows += time_steps(model, dtype, options.p_norms, options.importances, options.repeats, device)
             if options.trainer_steps:
                 with tempfile.TemporaryDirectory() as scratch:
                     batch, length = options.trainer_batch
