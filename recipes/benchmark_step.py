@@ -7,7 +7,7 @@ Everything runs in one process; the optimizers take turns, and the median of the
 
     python recipes/benchmark_step.py --models smollm2-135m --dtypes fp32 --p_norms 0.8 1 --repeats 15
     python recipes/benchmark_step.py --models gpt2 --dtypes fp32 --p_norms 0.8 --trainer_steps 6
-    python recipes/benchmark_step.py --models smollm2-135m --dtypes fp32 --importances magnitude fisher --p_norms 0.8 -1
+    python recipes/benchmark_step.py --models smollm2-135m --importances magnitude fisher --p_norms 0.8 -1
 
 The time that a step keeps the host busy before the GPU has anything to do, on tiny CPU tensors; it needs no GPU:
 
