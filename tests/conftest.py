@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -22,6 +23,16 @@ from transformers import (  # noqa: E402
 )
 
 torch.set_num_threads(1)  # the tests run in several processes
+
+
+@pytest.fixture(autouse=True)
+def handler_of_sigterm():
+    """A recipe that a test runs in this process leaves a handler, which the next test's Trainer would leave alone."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 REPOSITORY = Path(__file__).parent.parent
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 TEXT = "".join(

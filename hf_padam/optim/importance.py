@@ -180,15 +180,12 @@ def check_steered(group: Mapping[str, Any]) -> None:
     Raises:
         RuntimeError: If not: its decay would know no end.
     """
-    if group["lambda_p"] > 0 and REFERENCE not in group:
-        for key, asks in (("target_sparsity", group.get("target_sparsity") is not None),
-                          ("p_norm", group["p_norm"] == -math.inf)):  # fmt: skip
-            if asks:
-                raise RuntimeError(
-                    f"a parameter group has {key}={group[key]!r}, and nothing steers it: all of its weights would "
-                    "die. Make TargetSparsity(optimizer, total_steps=...) before the first step, or take p_norm=0.8 "
-                    "and a lambda_p without a target"
-                )
+    if group["lambda_p"] > 0 and REFERENCE not in group and group.get("target_sparsity") is not None:
+        raise RuntimeError(
+            f"a parameter group has target_sparsity={group['target_sparsity']!r}, and nothing steers it there: all of "
+            "its weights would die. Make TargetSparsity(optimizer, total_steps=...) before the first step, or take "
+            "p_norm=0.8 and a lambda_p without a target"
+        )
 
 
 def update_scale(optimizer: Optimizer, taken: int | None = None) -> None:

@@ -144,6 +144,11 @@ class _Prepare:
             if hasattr(part, "create_rng") and part.seed is not None and part.generator is None:
                 part.create_rng()
         self.initial = [_first_state(generator) for generator in self._generators()]
+        if stream and place.apart and len(list(_owned((collate, dataset), mapped=True))) > len(self.initial):
+            logger.warning(
+                "Functions that a stream of datasets maps, or is made from, draw from random generators of their own: "
+                "a resumed run does not draw what the interrupted one would have drawn. Draw in the collator instead."
+            )
 
     def __call__(self, batch: Any) -> Any:
         worker = get_worker_info() if self.stream else None
@@ -284,16 +289,18 @@ def _state(seed: int) -> Iterator[None]:
         _set_state(outer)
 
 
-def _owned(thing: Any) -> Iterator[Any]:
-    """Yield the random generators that an object or function holds, always in the same order."""
-    return (part for part in _held(thing) if isinstance(part, _GENERATORS) and all(part is not own for own in _OF_ALL))
+def _owned(thing: Any, mapped: bool = False) -> Iterator[Any]:
+    """Yield the random generators that an object or function holds, always in the same order; see `_held`."""
+    parts = _held(thing, mapped=mapped)
+    return (part for part in parts if isinstance(part, _GENERATORS) and all(part is not own for own in _OF_ALL))
 
 
-def _held(thing: Any, depth: int = _DEPTH, seen: dict[int, Any] | None = None) -> Iterator[Any]:
+def _held(thing: Any, depth: int = _DEPTH, seen: dict[int, Any] | None = None, mapped: bool = False) -> Iterator[Any]:
     """Yield an object, and the objects that it holds.
 
     Generators of the datasets library's streams are left out: what they draw depends on their seed and the epoch as
-    it is. Those of functions that the streams map or are made from are not.
+    it is. So are, unless `mapped`, the functions that the streams map or are made from: when the library calls them is not
+    known, and generators that are set in between were seen to draw what no second run repeats.
     """
     seen = {} if seen is None else seen
     if id(thing) in seen:
@@ -301,10 +308,12 @@ def _held(thing: Any, depth: int = _DEPTH, seen: dict[int, Any] | None = None) -
     seen[id(thing)] = thing  # and alive, for its id to stay its own
     yield thing
     streams = type(thing).__module__.startswith("datasets.iterable_dataset")
-    left_out = (*_NOT_SEARCHED, *_GENERATORS) if streams else _NOT_SEARCHED
+    left_out = _NOT_SEARCHED
+    if streams:
+        left_out = (*left_out, *_GENERATORS, *(() if mapped else (FunctionType, MethodType, partial)))
     for part in _parts(thing) if depth else ():
         if not isinstance(part, left_out):
-            yield from _held(part, depth - 1, seen)
+            yield from _held(part, depth - 1, seen, mapped)
 
 
 def _parts(thing: Any) -> Iterable[Any]:

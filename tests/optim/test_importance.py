@@ -82,7 +82,7 @@ def test_among_equal_weights_those_die_that_the_loss_would_not_miss():
 
 
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
-@pytest.mark.parametrize("p_norm", [-8.0, -1.0, 0.8])
+@pytest.mark.parametrize("p_norm", [-8.0, -1.0, 0.8, -math.inf])
 def test_a_weight_without_a_gradient_so_far_is_left_alone(backend, p_norm):
     def gradient(step, spread):
         grad = noisy(step, spread)

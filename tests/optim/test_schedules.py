@@ -199,7 +199,7 @@ def test_a_plain_trainer_refuses_a_schedule_that_it_would_not_follow(tmp_path):
     args = PAdamTrainingArguments(**options(tmp_path, optim_args=None, **SCHEDULE))
     with pytest.raises(ValueError, match="p_norm_schedule='linear' would have no effect.*PNormScheduleCallback"):
         Trainer(model=tiny_llama(), args=args, train_dataset=blocks()).train()
-    with pytest.raises(ValueError, match="p_norm_schedule_share=2 is not allowed"):
+    with pytest.raises(ValueError, match=r"p_norm_schedule_share=2.0 is not allowed"):
         PAdamTrainingArguments(**options(tmp_path, p_norm_schedule_share=2))
 
 

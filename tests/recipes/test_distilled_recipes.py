@@ -24,6 +24,7 @@ def teacher_dir(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_both_recipes_distil_alike(tmp_path, model_dir, teacher_dir, text_file):
     results = []
     settings = {"model_name_or_path": model_dir, "train_file": text_file, "max_train_samples": 4, "max_steps": 8}
@@ -43,7 +44,7 @@ def test_both_recipes_distil_alike(tmp_path, model_dir, teacher_dir, text_file):
     assert plain["test_perplexity"] != pytest.approx(results[0]["test_perplexity"], rel=1e-3)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [pytest.param(RECIPES[0], marks=pytest.mark.slow), *RECIPES[1:]])
 def test_a_resumed_run_has_the_model_of_the_start_for_its_teacher(tmp_path, model_dir, text_file, recipe):
     settings = {"model_name_or_path": model_dir, "train_file": text_file, "max_steps": 12, "distill_from": "start"}
     config = write_config(tmp_path, **settings, save_strategy="steps", save_steps=4)

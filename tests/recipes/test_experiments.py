@@ -335,6 +335,7 @@ def test_parts_of_a_plan_are_run_and_tabled_beside_what_is_finished_and_test_los
     assert "| loss |" in header and "| test loss |" in header
 
 
+@pytest.mark.slow
 def test_compare_tables_every_method_and_takes_up_what_is_finished(tmp_path, text_file):
     out = tmp_path / "out"
     arguments = [plan(tmp_path), "--output_dir", out, "--jobs", "2", "--train_file", text_file]
@@ -457,6 +458,7 @@ def test_a_sweep_refuses_an_option_that_it_searches(tmp_path, monkeypatch, capsy
     assert "p_norm is searched, and given as an option" in refusal(sweep.main, arguments, monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_it_was_killed(tmp_path, text_file):
     file, out = tmp_path / "sweep.yaml", tmp_path / "out"
     search = {"lambda_p": {"low": 1e-3, "high": 0.1, "log": True}, "p_norm": [0.5, 0.8]}

@@ -194,7 +194,6 @@ KINDS = {
     "stream, own": rows_from(lambda: Stream(lambda: random.Random(3))),
     "stream, own, persistent workers": rows_from(lambda: Stream(lambda: random.Random(3)), **PERSISTENT),
     "stream of datasets": rows_from(hf_stream),
-    "stream of datasets, mapped, own": rows_from(mapped_stream),
     "stream of datasets, workers": rows_from(hf_stream, **WORKERS),
     "stream, masked, workers": lambda: rows_from(hf_stream, **WORKERS)() | {"data_collator": language_modeling(5)()},
 }
@@ -290,3 +289,10 @@ def test_a_loader_of_ones_own_making_is_pointed_out(tmp_path, caplog):
     assert "exactly" not in caplog.text
     again, _ = resumed(tmp_path, spec, 2)
     assert torch.equal(again, weights) and "goes on exactly only if" in caplog.text
+
+
+def test_generators_of_functions_that_a_stream_of_datasets_maps_are_pointed_out(tmp_path, caplog):
+    run(tmp_path / "plain", KINDS["stream of datasets"]())
+    assert "maps, or is made from, draw" not in caplog.text
+    run(tmp_path / "mapped", rows_from(mapped_stream)())
+    assert "maps, or is made from, draw" in caplog.text

@@ -194,7 +194,7 @@ def test_a_checkpoint_of_other_settings_is_used_with_a_warning_that_lists_them(t
     assert changed.optimizer.param_groups[0]["lambda_p"] == 0.3
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [pytest.param(RECIPES[0], marks=pytest.mark.slow), *RECIPES[1:]])
 def test_the_recipes_report_bad_gradients_and_other_settings(tmp_path, model_dir, text_file, recipe):
     settings = {"model_name_or_path": model_dir, "train_file": text_file, "max_steps": 4, "save_strategy": "steps"}
     out = tmp_path / "out"
@@ -214,7 +214,7 @@ def test_the_recipes_report_bad_gradients_and_other_settings(tmp_path, model_dir
     assert result.returncode == 2 and "checkpoint-2 is not a complete checkpoint: it has no schedule" in result.stderr
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [pytest.param(RECIPES[0], marks=pytest.mark.slow), *RECIPES[1:]])
 def test_the_recipes_refuse_a_checkpoint_that_does_not_fit(tmp_path, model_dir, text_file, recipe):
     shutil.copytree(model_dir, tmp_path / "other")
     tiny_llama(hidden_size=48).save_pretrained(tmp_path / "other")
@@ -308,9 +308,9 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("step", "seconds", "stop", "agreed_after"),
     [
-        pytest.param(8, 0, 8, [*range(1, 9)], id="long steps: after the step"),
+        pytest.param(8, 0, 8, [*range(1, 9)], id="long steps: after the step", marks=pytest.mark.slow),
         pytest.param(3, "inf", 11, [1, 11], id="short steps: at most ten later"),
-        pytest.param(14, "inf", 18, [1, 11, 18], id="at the end: before it"),
+        pytest.param(14, "inf", 18, [1, 11, 18], id="at the end: before it", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_stop_at_the_same_step_though_one_got_the_signal(
