@@ -299,8 +299,8 @@ def _held(thing: Any, depth: int = _DEPTH, seen: dict[int, Any] | None = None, m
     """Yield an object, and the objects that it holds.
 
     Generators of the datasets library's streams are left out: what they draw depends on their seed and the epoch as
-    it is. So are, unless `mapped`, the functions that the streams map or are made from: when the library calls them is not
-    known, and generators that are set in between were seen to draw what no second run repeats.
+    it is. So are, unless `mapped`, the functions that the streams map or are made from: when the library calls them is
+    not known, and generators that are set in between were seen to draw what no second run repeats.
     """
     seen = {} if seen is None else seen
     if id(thing) in seen:
