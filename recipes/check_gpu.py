@@ -54,11 +54,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
         named["Triton"] = triton.__version__
     except ImportError:
         named["Triton"] = "not installed"
-    return named | {"torch": torch.__version__, "transformers": transformers.__version__, "hf_padam": _version()}
-
-
-def _version() -> str:
-    return str(getattr(hf_padam, "__version__", "unknown"))
+    modules = (torch, transformers, hf_padam)
+    return named | {module.__name__: module.__version__ for module in modules}
 
 
 def check(parts: Sequence[Part], device: torch.device) -> list[dict[str, Any]]:
