@@ -63,6 +63,7 @@ def test_a_resumed_run_has_the_model_of_the_start_for_its_teacher(tmp_path, mode
     assert result.returncode == 1 and "the model that the run began with" in result.stderr
 
 
+@pytest.mark.slow
 def test_what_is_pruned_is_distilled_too(tmp_path, model_dir, teacher_dir, text_file):
     settings = {"model_name_or_path": model_dir, "train_file": text_file, "max_steps": 4, "optim": "adamw_torch"}
     config = write_config(tmp_path, **settings, prune_to=0.5, prune_interval=1)

@@ -133,7 +133,9 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(tmp_path, model_dir
         assert one[key] == other[key]
 
 
-@pytest.mark.parametrize("kind", ["csv", "json", "jsonl", "parquet", "md"])
+@pytest.mark.parametrize(
+    "kind", ["csv", *(pytest.param(k, marks=pytest.mark.slow) for k in ("json", "jsonl", "parquet")), "md"]
+)
 def test_every_kind_of_file_trains_also_when_streamed(tmp_path, model_dir, kind):
     from datasets import Dataset
 

@@ -349,6 +349,7 @@ def test_processes_agree_about_once_a_second_whatever_their_steps_take(monkeypat
     assert {*range(62, 71)} <= set(agreed_after)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_soon_and_the_run_can_go_on(tmp_path):
     began = time.monotonic()
     result = launch(2, tmp_path, "SIGKILL")

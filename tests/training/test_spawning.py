@@ -33,7 +33,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_processes_that_a_script_starts_and_their_children_know_the_name(tmp_path, method):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
