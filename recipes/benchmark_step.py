@@ -7,7 +7,8 @@ Everything runs in one process; the optimizers take turns, and the median of the
 
     python recipes/benchmark_step.py --models smollm2-135m --dtypes fp32 --p_norms 0.8 1 --repeats 15
     python recipes/benchmark_step.py --models gpt2 --dtypes fp32 --p_norms 0.8 --trainer_steps 6
-    python recipes/benchmark_step.py --models smollm2-135m --importances magnitude fisher --p_norms 0.8 -1
+    python recipes/benchmark_step.py --models smollm2-135m --importances magnitude fisher --p_norms 0.8 -1 \
+        --dtypes fp32 --backends compiled --repeats 15
 
 The time that a step keeps the host busy before the GPU has anything to do, on tiny CPU tensors; it needs no GPU:
 
@@ -97,7 +98,7 @@ def peak_extra_bytes(step: Callable[[], Any], device: torch.device) -> int:
 
 
 def contenders(
-    params: Sequence[Tensor], p_norms: list[float], importances: Sequence[str]
+    params: Sequence[Tensor], p_norms: list[float], importances: Sequence[str], backends: Sequence[str]
 ) -> list[tuple[str, float | None, Callable[[], Any]]]:
     """Return (name, p_norm, step) for everything timed. All share one pair of moments, so that large models fit.
 
@@ -129,8 +130,8 @@ def contenders(
         optimizer.param_groups[0] |= {"p_norm": p_norm, "importance": importance}
         optimizer.step()
 
-    for name, backend in BACKENDS.items():
-        if backend.unavailable(device) is None:
+    for name in backends:
+        if BACKENDS[name].unavailable(device) is None:
             optimizer = sharing(PAdam(params, lr=LR, lambda_p=LAMBDA_P, weight_decay=0.0, backend=name), cpu)
             for importance, p_norm in itertools.product(importances, p_norms):
                 label = f"PAdam {name}" + (f", {importance}" if importance != "magnitude" else "")
@@ -139,7 +140,13 @@ def contenders(
 
 
 def time_steps(
-    model: str, dtype: str, p_norms: list[float], importances: Sequence[str], repeats: int, device: torch.device
+    model: str,
+    dtype: str,
+    p_norms: list[float],
+    importances: Sequence[str],
+    backends: Sequence[str],
+    repeats: int,
+    device: torch.device,
 ) -> list[Row]:
     """Time every contender on one model's parameter list."""
     with torch.device("meta"):
@@ -148,7 +155,7 @@ def time_steps(
     params = [torch.nn.Parameter((torch.randn(shape, device=device) / 50).to(DTYPES[dtype])) for shape in shapes]
     for param in params:
         param.grad = torch.randn_like(param) / 100
-    timed = contenders(params, p_norms, importances)
+    timed = contenders(params, p_norms, importances, backends)
     source = torch.empty(2**26, device=device).normal_()
     target = torch.empty_like(source)
     timed.append(("copy", None, lambda: target.copy_(source)))
@@ -239,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--p_norms", nargs="+", type=float, default=[0.5, 0.8, 1.0, 1.5])
     parser.add_argument("--importances", nargs="+", choices=IMPORTANCES, default=["magnitude"])
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--repeats", type=int, default=7, help="turns that each optimizer takes")
     parser.add_argument("--trainer_steps", type=int, default=0, help="also time the Trainer, over so many steps")
     parser.add_argument("--trainer_batch", type=int, nargs=2, default=[8, 512] if device.type != "cpu" else [1, 128],
@@ -250,7 +258,8 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[Row] = time_host(options.repeats) if options.host else []
     for model in options.models if not options.host else ():
         for dtype in options.dtypes:
-            rows += time_steps(model, dtype, options.p_norms, options.importances, options.repeats, device)
+            kinds = (options.p_norms, options.importances, options.backends)
+            rows += time_steps(model, dtype, *kinds, options.repeats, device)
             if options.trainer_steps:
                 with tempfile.TemporaryDirectory() as scratch:
                     batch, length = options.trainer_batch
