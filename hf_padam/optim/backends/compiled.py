@@ -94,7 +94,8 @@ def step(
             if rows:
                 kernel(rows, *tensors, *numbers)
             if behind:
-                tails.append([t.view(-1)[-behind:] for t in tensors])
+                start = rows * _ROW
+                tails.append([t.as_strided((behind,), (1,), t.storage_offset() + start) for t in tensors])
         else:
             _step_irregular(kernel, tensors, numbers)
     if tails:
