@@ -10,30 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache, partial
-from types import BuiltinMethodType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from .generators import digest, first_state, held, owned, set_seed
+
 logger = logging.getLogger(__name__)
-
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-_DEPTH, _WIDTH = 12, 100  # how far, and through how large containers of data, generators are looked for
-_NOT_SEARCHED = (torch.Tensor, torch.nn.Module, ModuleType, type, logging.Logger, str, int, float, bytes, type(None))
-_SEARCHED = (*_GENERATORS, FunctionType, BuiltinMethodType, MethodType, GeneratorType, partial, dict, list, tuple)
-_OF_ALL = (random.random.__self__, np.random.mtrand._rand, torch.default_generator)  # type: ignore[attr-defined]
-_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "transformers", "datasets", "accelerate", "hf_padam"}
-"""Not searched for what functions use of them."""
-
-_METHODS = ("__call__", "__getitem__", "__getitems__", "__iter__", "torch_call")
 
 
 class Place:
@@ -71,9 +59,9 @@ class Place:
             with _state(seed):
                 yield
             return
-        before = _digest(_get_state())
+        before = digest(_get_state())
         yield
-        if _digest(_get_state()) != before:
+        if digest(_get_state()) != before:
             self.warn()
 
     def iterate(self, iterable: Iterable[Any], seed: int) -> Iterator[Any]:
@@ -140,11 +128,11 @@ class _Prepare:
         self.dataset, self.collate, self.place, self.stream = dataset, collate, place, stream
         self.number = 0  # of a stream's next batch in this epoch, in this worker
         self.warned, self.told = False, -1
-        for part in list(_held(collate)):  # Transformers' collators make theirs in each worker otherwise
+        for part in list(held(collate)):  # Transformers' collators make theirs in each worker otherwise
             if hasattr(part, "create_rng") and part.seed is not None and part.generator is None:
                 part.create_rng()
-        self.initial = [_first_state(generator) for generator in self._generators()]
-        if stream and place.apart and len(list(_owned((collate, dataset), mapped=True))) > len(self.initial):
+        self.initial = [first_state(generator) for generator in self._generators()]
+        if stream and place.apart and len(list(owned((collate, dataset), mapped=True))) > len(self.initial):
             logger.warning(
                 "Functions that a stream of datasets maps, or is made from, draw from random generators of their own: "
                 "a resumed run does not draw what the interrupted one would have drawn. Draw in the collator instead."
@@ -181,7 +169,7 @@ class _Prepare:
             )
 
     def _generators(self) -> list[Any]:
-        return list(_owned((self.collate, self.dataset)))
+        return list(owned((self.collate, self.dataset)))
 
 
 class _Indices(Dataset):
@@ -230,12 +218,12 @@ class _Numbers:
 
     def __init__(self, sampler: Any, place: Place) -> None:
         self.inner, self.place = sampler, place
-        self.initial = [_first_state(generator) for generator in _owned(sampler)]
+        self.initial = [first_state(generator) for generator in owned(sampler)]
 
     def __iter__(self) -> Iterator[_Batch]:
         seed = self.place.key("order")
         if self.place.epoch:  # in the first, its own generators are as they were made
-            _reseed(_owned(self.inner), self.initial, self.place, seed)
+            _reseed(owned(self.inner), self.initial, self.place, seed)
         for number, indices in enumerate(self.place.iterate(self.inner, seed)):
             batch = _Batch(indices)
             batch.number = number
@@ -289,129 +277,10 @@ def _state(seed: int) -> Iterator[None]:
         _set_state(outer)
 
 
-def _owned(thing: Any, mapped: bool = False) -> Iterator[Any]:
-    """Yield the random generators that an object or function holds, always in the same order; see `_held`."""
-    parts = _held(thing, mapped=mapped)
-    return (part for part in parts if isinstance(part, _GENERATORS) and all(part is not own for own in _OF_ALL))
-
-
-def _held(thing: Any, depth: int = _DEPTH, seen: dict[int, Any] | None = None, mapped: bool = False) -> Iterator[Any]:
-    """Yield an object, and the objects that it holds.
-
-    Generators of the datasets library's streams are left out: what they draw depends on their seed and the epoch as
-    it is. So are, unless `mapped`, the functions that the streams map or are made from: when the library calls them is
-    not known, and generators that are set in between were seen to draw what no second run repeats.
-    """
-    seen = {} if seen is None else seen
-    if id(thing) in seen:
-        return
-    seen[id(thing)] = thing  # and alive, for its id to stay its own
-    yield thing
-    streams = type(thing).__module__.startswith("datasets.iterable_dataset")
-    left_out = _NOT_SEARCHED
-    if streams:
-        left_out = (*left_out, *_GENERATORS, *(() if mapped else (FunctionType, MethodType, partial)))
-    for part in _parts(thing) if depth else ():
-        if not isinstance(part, left_out):
-            yield from _held(part, depth - 1, seen, mapped)
-
-
-def _parts(thing: Any) -> Iterable[Any]:
-    if isinstance(thing, dict | list | tuple):
-        parts = list(thing.values()) if isinstance(thing, dict) else thing
-        return parts if len(parts) <= _WIDTH or isinstance(parts[0], (*_GENERATORS, Dataset)) else ()
-    if isinstance(thing, partial):
-        return (thing.func, thing.args, thing.keywords, vars(thing))
-    if isinstance(thing, MethodType):
-        return (thing.__self__, thing.__func__)
-    if isinstance(thing, BuiltinMethodType):
-        return (thing.__self__,) if isinstance(thing.__self__, _GENERATORS) else ()
-    if isinstance(thing, GeneratorType):
-        return thing.gi_frame.f_locals.values() if thing.gi_frame is not None else ()
-    if isinstance(thing, FunctionType):
-        return _used(thing)
-    slots, shared = _of_class(type(thing))  # type: ignore[arg-type]  # a class is hashable
-    return [*getattr(thing, "__dict__", {}).values(), *(getattr(thing, name, None) for name in slots), *shared]
-
-
-@cache
-def _of_class(kind: type) -> tuple[list[str], list[Any]]:
-    """Return the names of a class's slots, and its generators and methods."""
-    slots, generators = [], []
-    for table in map(vars, kind.__mro__[:-1]):
-        names = table.get("__slots__", ())
-        slots += [names] if isinstance(names, str) else list(names)
-        generators += [value for value in table.values() if isinstance(value, _GENERATORS)]
-    methods = [getattr(kind, name, None) for name in _METHODS]
-    return slots, generators + [method for method in methods if isinstance(method, FunctionType)]
-
-
-def _used(function: FunctionType) -> Iterable[Any]:
-    """Return what a function uses: variables around it, defaults, attributes; what it names, but of libraries."""
-    used = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values()]
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # it is empty
-            used.append(cell.cell_contents)
-    if _is_of_library(function.__module__):
-        return used
-    names = _named(function.__code__)
-    for value in [function.__globals__[name] for name in names if name in function.__globals__]:
-        if isinstance(value, ModuleType):
-            own = () if _is_of_library(value.__name__) else names
-            used += [vars(value)[name] for name in own if name in vars(value)]
-        elif isinstance(value, _SEARCHED) or not _is_of_library(type(value).__module__):
-            used.append(value)
-    return used
-
-
-def _named(code: CodeType) -> list[str]:
-    """Return the names of globals and attributes in a function's code, and in that of functions within it."""
-    return [
-        *code.co_names,
-        *(name for inner in code.co_consts if isinstance(inner, CodeType) for name in _named(inner)),
-    ]
-
-
-def _is_of_library(module: str | None) -> bool:
-    return module is None or module.partition(".")[0] in _LIBRARIES
-
-
-def _first_state(generator: Any) -> str:
-    """Return a hash of the state that a generator had when it was first seen: it stands for the user's own seed."""
-    if id(generator) not in _first_states:
-        _first_states[id(generator)] = (generator, _digest(_state_of(generator)))
-    return _first_states[id(generator)][1]
-
-
-_first_states: dict[int, tuple[Any, str]] = {}
-
-
-def _state_of(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state().numpy()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state()
-
-
-def _digest(state: Any) -> str:
-    return hashlib.blake2b(pickle.dumps(state), digest_size=8).hexdigest()
-
-
 def _reseed(generators: Iterable[Any], initial: Sequence[str], place: Place, seed: int) -> None:
     """Set generators by a seed and the states that they began with; where draws are not apart, warn of them."""
     for index, (generator, began) in enumerate(zip(generators, initial, strict=False)):
         if not place.apart:
             place.warn()
             return
-        _seed(generator, place.key(seed, index, began))
-
-
-def _seed(generator: Any, seed: int) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.manual_seed(seed)
-    elif isinstance(generator, np.random.Generator):
-        kind: Any = type(generator.bit_generator)
-        generator.bit_generator.state = kind(seed).state
-    else:
-        generator.seed(seed % 2**32)
+        set_seed(generator, place.key(seed, index, began))
