@@ -27,7 +27,7 @@ from .hyperparameters import (
     named,
     plain,
 )
-from .importance import SCALE, update_scale
+from .importance import SCALE, unpacked, update_scale
 from .padam import PAdam, unwrap
 from .plan import gradients
 from .update import FLUSH_THRESHOLD, Form, Scalars, inverse_factor, prepare
@@ -193,11 +193,11 @@ def _decay_(param: Tensor, before: Tensor, group: dict[str, Any], state: Mapping
     if group["importance"] == "fisher":
         if "exp_avg_sq" not in state:
             raise ValueError(_NO_SECOND_MOMENTS.format("this optimizer"))
-        second = _unpacked(state["exp_avg_sq"], dtype)
+        second = unpacked(state["exp_avg_sq"]).to(dtype)
         scalars = decay_scalars(group, int(state["step"]))
         # As in `update_`, but for the second moment of before the step, which nothing has kept.
         latest = [0.25 * grad.to(dtype).square() for grad in gradients([param]) if grad is not None]
-        latest += [_unpacked(state["exp_avg"], dtype).square()] if "exp_avg" in state else []
+        latest += [unpacked(state["exp_avg"]).to(dtype).square()] if "exp_avg" in state else []
         young = second == 0
         for squared in latest:
             young |= squared * scalars.young >= second
@@ -209,11 +209,6 @@ def _decay_(param: Tensor, before: Tensor, group: dict[str, Any], state: Mapping
     if scalars.form.makes_zeros:
         new = torch.where(new.abs() < FLUSH_THRESHOLD, 0.0, new)
     weight.copy_(new)
-
-
-def _unpacked(moment: Tensor, dtype: torch.dtype) -> Tensor:
-    local = local_tensor(moment)
-    return (local.dequantize() if hasattr(local, "codes") else local).to(dtype)
 
 
 def decay_scalars(values: Mapping[str, Any], step: int = 1) -> Scalars:

@@ -123,9 +123,9 @@ def measure(
                 second = weight.new_zeros(())
                 state = optimizer.state.get(param) or {}
                 if "exp_avg_sq" in state and state["step"] > 0:  # 0 if its first step has failed
-                    second = _plain(state["exp_avg_sq"])
+                    second = unpacked(state["exp_avg_sq"])
                     if grad is not None:
-                        latest = [(_plain(state["exp_avg"]), 1.0), (grad, 0.5)]
+                        latest = [(unpacked(state["exp_avg"]), 1.0), (grad, 0.5)]
                     own = scale.to(weight.device) if isinstance(scale, Tensor) else scale
                     correction = 1 - group["betas"][1] ** float(state["step"])
                     factor = correction**-0.5 / own
@@ -134,7 +134,7 @@ def measure(
     return measured
 
 
-def _plain(moment: Tensor) -> Tensor:
+def unpacked(moment: Tensor) -> Tensor:
     """Return what of a moment is held here, unpacked."""
     local = local_tensor(moment)
     return local.dequantize() if hasattr(local, "codes") else local

@@ -370,7 +370,8 @@ class TargetSparsity:
             at_random = min(missing, round(target * unknown))
             threshold = zero_smallest_(measured, min(missing - at_random, elements - before - int(unknown)))
             zero_smallest_(measured, missing - (_zeros(pool)[0] - before), infinite=True)
-        zeros = _zeros(pool)[0]
+        counts = _counts(pool)
+        zeros = sum(count.zeros for count in counts)
         for group in pool:
             group |= {"target_zeroed": zeros - before, "target_threshold": threshold, "target_met": target}
         logger.info(
@@ -380,7 +381,7 @@ class TargetSparsity:
             self.last,
         )
         tensors = [(name, param) for group in pool for name, param in named(group) if param.requires_grad]
-        dead = [name for (name, _), count in zip(tensors, _counts(pool), strict=True) if count.zeros == count.elements]
+        dead = [name for (name, _), count in zip(tensors, counts, strict=True) if count.zeros == count.elements]
         if dead:
             logger.warning(
                 "Target sparsity: all weights of %d of %d tensors have become zero, %s for one: of little importance "
