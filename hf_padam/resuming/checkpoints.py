@@ -277,7 +277,7 @@ def staged_checkpoint(checkpoint: str | Path) -> Iterator[Path]:
             with processes.main_process_first():  # then the nodes that share no file system with the main process
                 if processes.is_local_main_process and (home / checkpoint.name).is_dir():
                     _publish(home / checkpoint.name, checkpoint)
-        except Exception as error:
+        except Exception as error:  # safetensors, torch and the system tell a full disk in ways of their own
             message = (
                 f"{checkpoint} could not be saved: {error}. {describe_disk(checkpoint.parent)}. Earlier checkpoints "
                 "are untouched: make room or mend the disk, then resume from the newest with "

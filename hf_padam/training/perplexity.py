@@ -91,7 +91,9 @@ class PerplexityMeter:
         It is where a ragged batch's was. One of as many tokens in every row does not tell a mean over tokens from a
         mean over rows, and speaks for its like alone.
         """
-        return True in self._follows or False in self._follows and not is_ragged(self.aligned(labels))  # type: ignore
+        if self.aligned is None:
+            return False
+        return True in self._follows or (False in self._follows and not is_ragged(self.aligned(labels)))
 
     def add_mean(self, loss: Tensor, labels: Tensor) -> None:
         """Add a batch whose loss is the mean NLL of its labels, as `follows_loss` says: its logits are not needed."""

@@ -93,7 +93,7 @@ def _refusal(name: str, device_type: str) -> str | None:
     """Ask a backend whether it can run; say so once if a slower one takes its place, even if only for a while."""
     try:
         reason = BACKENDS[name].unavailable(torch.device(device_type))
-    except Exception as error:
+    except Exception as error:  # devices tell a lack of memory by classes of their own
         if not lacks_memory(error):
             raise
         reason = f"there was no memory to try backend {name} in, which will be tried again ({summary(error)})"

@@ -45,7 +45,7 @@ def unavailable(device: torch.device) -> str | None:
         return disagreement(step, device, [PLAIN])
     except KernelError as error:
         return str(error)
-    except Exception as error:
+    except Exception as error:  # whatever loading or running it raises: the reason to use another backend
         return f"its kernel does not run ({summary(error)})"
 
 
