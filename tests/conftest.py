@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -23,6 +24,15 @@ from transformers import (  # noqa: E402
 )
 
 torch.set_num_threads(1)  # the tests run in several processes
+
+
+def pytest_collection_finish():
+    """Keep what the imports made, a million objects, from being gone through by each of accelerate's gc.collect()."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

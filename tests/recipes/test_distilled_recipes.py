@@ -9,8 +9,9 @@ import shutil
 import pytest
 import torch
 from conftest import REPOSITORY, character_tokenizer, tiny_llama
+from processes import run_recipe
 from test_bad_inputs import complain as complain  # a fixture
-from test_recipes import RECIPES, run_recipe, write_config
+from test_recipes import RECIPES, write_config
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 

@@ -22,6 +22,7 @@ import sweep
 import torch
 import yaml
 from conftest import REPOSITORY, TEXT, tiny_gpt2, tiny_llama
+from processes import run_recipe
 from support.arguments import DataArguments, ModelArguments, parse_arguments
 from support.characters import Blocks, character_tokenizer, collate_blocks, encode
 from support.config_files import as_arguments
@@ -30,7 +31,6 @@ from support.importance_scores import prune_by_wanda
 from support.pareto import Comparison, Point, differences, loss_at, pareto_front
 from support.pruning import MagnitudePruning, SoftThreshold, prune_by_magnitude
 from support.trials import Job, RunFailed, check_options, read_plan
-from test_recipes import run_recipe
 from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerControl, TrainerState, TrainingArguments
 

@@ -18,11 +18,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from conftest import REPOSITORY, character_tokenizer, tiny_llama
+from processes import run_recipe
 from safetensors.torch import load_file
 from support import models
 from support.arguments import ModelArguments, parse_arguments
 from support.errors import UsageError
-from test_recipes import run_recipe, write_config
+from test_recipes import write_config
 
 LAUNCH_FILES = sorted((REPOSITORY / "recipes" / "accelerate").glob("*.yaml"))
 DEEPSPEED_MISSING = (
@@ -141,7 +142,8 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(tmp_path, config, two_proc
 
 
 def test_the_loop_in_two_processes_trains_like_one(tmp_path, config, one_process):
-    accelerate_launch("cpu.yaml", REPOSITORY / "recipes/finetune_clm_no_trainer.py", config, "--output_dir", tmp_path)
+    result = run_recipe("finetune_clm_no_trainer.py", config, "--output_dir", tmp_path, processes=2)
+    assert result.returncode == 0, result.stderr[-4000:]
     check_equal(tmp_path, one_process)
 
 

