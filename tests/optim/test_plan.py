@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import weakref
 from unittest import mock
 
@@ -13,13 +14,10 @@ from hf_padam import PAdam, TargetSparsity
 from hf_padam.optim.backends import BACKENDS, eager
 
 CPU = torch.device("cpu")
-backends = pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param(name, marks=pytest.mark.skipif(bool(why), reason=f"needs what is missing here: {why}"))
-        for name, why in ((name, backend.unavailable(CPU)) for name, backend in BACKENDS.items())
-    ],
-)
+BACKENDS_HERE = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(why), reason=f"needs what is missing here: {why}"))
+    for name, why in ((name, backend.unavailable(CPU)) for name, backend in BACKENDS.items())
+]
 
 
 def build(backend, dtype=torch.float32, **options):
@@ -163,8 +161,17 @@ CHANGES = {
 }  # fmt: skip
 
 
-@backends
-@pytest.mark.parametrize("change", CHANGES)
+NEW_KERNELS = {name for name in CHANGES if "another dtype" in name or "made anew" in name}
+
+
+@pytest.mark.parametrize(
+    ("backend", "change"),
+    [
+        pytest.param(*backend.values, change, marks=[*backend.marks, *slow])
+        for backend, change in itertools.product(BACKENDS_HERE, CHANGES)
+        for slow in [[pytest.mark.slow] if backend.values == ("compiled",) and change in NEW_KERNELS else []]
+    ],
+)
 def test_what_changes_between_two_steps_is_noticed(backend, change):
     ends = []
     for kept in (True, False):
@@ -356,7 +363,7 @@ def test_the_scale_of_a_constant_decay_is_read_at_few_steps():
     assert 15 < sum(map(len, seen)) < 30
 
 
-@backends
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
 def test_a_state_of_another_shape_is_refused_before_a_kernel_runs_past_its_end(backend, name):
     params, optimizer = build(backend)

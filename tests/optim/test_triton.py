@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -26,10 +27,9 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside the test b
     "what",
     [
         ["tests/optim/test_update.py", "tests/optim/test_stochastic_rounding.py", "-k", "triton"],
-        ["tests/optim/test_triton.py"],
-        ["tests/optim/test_plan.py", "-k", "triton"],
+        ["tests/optim/test_triton.py", "tests/optim/test_plan.py", "tests/recipes/test_check_gpu.py", "-k", "triton"],
     ],
-    ids=["parity", "launch", "plan"],
+    ids=["parity", "launch and plan"],
 )
 def test_under_the_interpreter(what):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=-m 'not slow'", *what]
@@ -200,7 +200,10 @@ def test_a_kernel_that_cannot_be_built_leaves_every_tensor_to_eager(error, monke
 
 @interpreted
 @pytest.mark.parametrize("groups", [1, 300])
-def test_tables_are_built_once_per_set_of_tensors(built, groups):
+def test_tables_are_built_once_per_set_of_tensors(built, groups, monkeypatch):
+    from hf_padam.optim.backends import triton_kernel
+
+    monkeypatch.setattr(triton_kernel, "step_kernel", mock.MagicMock())  # seconds under the interpreter
     params = [torch.nn.Parameter(torch.randn(16)) for _ in range(300)]
     share = len(params) // groups
     optimizer = PAdam([{"params": params[i * share : (i + 1) * share]} for i in range(groups)], backend="triton")

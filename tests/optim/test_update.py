@@ -54,9 +54,10 @@ def is_worth_it(backend, variant, p_norm, dtype):
 @pytest.mark.parametrize(
     ("backend", "variant", "p_norm", "dtype"),
     [
-        (backend, *case, dtype)
-        for backend, case, dtype in itertools.product(CPU_BACKENDS, CASES, DTYPES)
-        if is_worth_it(backend, *case, dtype)
+        pytest.param(backend, variant, p_norm, dtype, marks=[pytest.mark.slow] * takes_long)
+        for backend, (variant, p_norm), dtype in itertools.product(CPU_BACKENDS, CASES, DTYPES)
+        if is_worth_it(backend, variant, p_norm, dtype)
+        for takes_long in [backend == "compiled" and variant != "plain" and dtype != torch.float32]
     ],
 )
 def test_one_step_matches_the_oracle(backend, variant, p_norm, dtype):

@@ -2,15 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import benchmark_step
 import check_gpu
 import finetune_clm
 import pytest
 import torch
-from conftest import REPOSITORY
 from support import gpu_checks
 
 CPU = torch.device("cpu")
@@ -73,16 +70,11 @@ def test_parity_sees_a_backend_that_differs(monkeypatch):
         gpu_checks.parity(CPU, "wrong", elements=1003)
 
 
-def test_parity_holds_under_the_interpreter():
-    pytest.importorskip("triton")
-    code = "import torch; from support.gpu_checks import parity; print(parity(torch.device('cpu'), elements=2051))"
-    path = f"{REPOSITORY}:{REPOSITORY / 'recipes'}"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/optim/test_triton.py runs it")
+def test_parity_holds_under_the_interpreter_of_triton(monkeypatch):
     # In fp32 only: the interpreter, not the GPU, truncates where 16 bits should be rounded.
-    code = code.replace("; print", "; from support import gpu_checks; gpu_checks.DTYPES = "
-                        "{'fp32': gpu_checks.DTYPES['fp32']}; print")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(gpu_checks, "DTYPES", {"fp32": gpu_checks.DTYPES["fp32"]})
+    assert gpu_checks.parity(CPU, elements=2051)
 
 
 def test_an_overflow_is_forced_and_changes_nothing():

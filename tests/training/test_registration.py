@@ -203,17 +203,20 @@ FLAGS = (
     "launcher",
     [
         ["-m", "hf_padam", "run"],
-        [
-            "-m",
-            "accelerate.commands.accelerate_cli",
-            "launch",
-            "--cpu",
-            "--num_processes",
-            "1",
-            "-m",
-            "hf_padam",
-            "run",
-        ],
+        pytest.param(  # which tests/recipes/test_launch_files.py does, too
+            [
+                "-m",
+                "accelerate.commands.accelerate_cli",
+                "launch",
+                "--cpu",
+                "--num_processes",
+                "1",
+                "-m",
+                "hf_padam",
+                "run",
+            ],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["hf-padam", "accelerate"],
 )
@@ -227,16 +230,20 @@ def test_hf_padam_run_gives_the_name_to_a_script_that_knows_nothing_of_it(tmp_pa
     assert (name, main, argv0) == ("PAdam", "__main__", str(script)) and int(zeros) > 0
 
 
-def test_hf_padam_run_reports_a_missing_script():
-    command = [sys.executable, "-m", "hf_padam", "run", "no_such.py", "--optim", "padam"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "'no_such.py' is not a file" in result.stderr
-
-
-@pytest.mark.parametrize("module", ["no_such_module", "no_such.module", "transformers.no_such"])
-def test_hf_padam_run_reports_a_missing_module(module, capsys):
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (["no_such.py"], "'no_such.py' is not a file"),
+        *(
+            (["-m", name], f"no module named '{name}'")
+            for name in ("no_such_module", "no_such.module", "torch.no_such")
+        ),
+    ],
+    ids=str,
+)
+def test_hf_padam_run_reports_what_is_missing(what, message, capsys):
     from hf_padam.__main__ import main
 
     with pytest.raises(SystemExit) as stop:
-        main(["run", "-m", module])
-    assert stop.value.code == 2 and f"no module named '{module}'" in capsys.readouterr().err
+        main(["run", *what, "--optim", "padam"])
+    assert stop.value.code == 2 and message in capsys.readouterr().err

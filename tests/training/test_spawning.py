@@ -17,19 +17,19 @@ SCRIPT = """
 import multiprocessing, sys
 from concurrent.futures import ProcessPoolExecutor
 
-def optim(depth, args=None):
+def arguments():
     from transformers import TrainingArguments
-    args = args or TrainingArguments("out", optim="padam", report_to="none", use_cpu=True)
-    return [str(args.optim.value)] + (in_pool(depth - 1) if depth else [])
+    return TrainingArguments("out", optim="padam", report_to="none", use_cpu=True)
 
-def in_pool(depth, *args):
+def names(depth, args):
+    return [args.optim.value, arguments().optim.value] + (in_pool(depth - 1, args) if depth else [])
+
+def in_pool(*args):
     with ProcessPoolExecutor(1, multiprocessing.get_context(sys.argv[1])) as pool:
-        return pool.submit(optim, depth, *args).result()
+        return list(map(str, pool.submit(names, *args).result()))
 
 if __name__ == "__main__":
-    from transformers import TrainingArguments
-    args = TrainingArguments("out", optim="padam", report_to="none", use_cpu=True)
-    print(in_pool(1) + in_pool(0, args))
+    print(in_pool(1, arguments()))
 """
 
 
@@ -40,7 +40,7 @@ def test_processes_that_a_script_starts_and_their_children_know_the_name(tmp_pat
     command = [sys.executable, "-m", "hf_padam", "run", str(script), method]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip().splitlines()[-1] == "['padam', 'padam', 'padam']"
+    assert result.stdout.strip().splitlines()[-1] == str(["padam"] * 4)
 
 
 def test_pickled_arguments_can_be_read_where_nothing_has_imported_the_package(tmp_path):
