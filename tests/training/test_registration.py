@@ -203,18 +203,8 @@ FLAGS = (
     "launcher",
     [
         ["-m", "hf_padam", "run"],
-        pytest.param(  # which tests/recipes/test_launch_files.py does, too
-            [
-                "-m",
-                "accelerate.commands.accelerate_cli",
-                "launch",
-                "--cpu",
-                "--num_processes",
-                "1",
-                "-m",
-                "hf_padam",
-                "run",
-            ],
+        pytest.param(  # as tests/recipes/test_launch_files.py does with two processes
+            "-m accelerate.commands.accelerate_cli launch --cpu --num_processes 1 -m hf_padam run".split(),
             marks=pytest.mark.slow,
         ),
     ],
