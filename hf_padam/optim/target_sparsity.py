@@ -285,6 +285,12 @@ class TargetSparsity:
 
     @torch.no_grad()
     def _before(self, *_: Any) -> None:
+        if not self._steered():
+            raise RuntimeError(
+                "target_sparsity has nothing to steer any more: no parameter group of the optimizer has a target, so "
+                "a state was loaded of a run without one. Start a new run with its weights as the model, or set the "
+                'groups\' "target_sparsity" after loading'
+            )
         for pool in self._pools():
             step = pool[0]["target_step"]
             if pool[0]["target_initial"] < 0:
@@ -355,7 +361,8 @@ class TargetSparsity:
             return
         for group in pool:
             exponent = 2 - group["p_norm"]
-            slowly = 1.0 if math.isinf(exponent) else (exponent * horizon) ** (-1 / exponent)
+            # With p next to 2 all weights shrink alike and none dies soon: at this size they are halved, no more.
+            slowly = 1.0 if math.isinf(exponent) else max(1.0, exponent * horizon) ** (-1 / exponent)
             group["target_reference"] = size * slowly
             if group["importance"] == "fisher":
                 group[SCALE] = scale

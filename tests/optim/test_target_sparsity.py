@@ -361,6 +361,36 @@ def test_a_target_is_not_met_while_all_that_it_is_of_is_frozen():
     assert not steering.met and steering.state() == {} and steering.target == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize("p_norm", [1.9, 1.999, math.nextafter(2, 0)])
+@pytest.mark.parametrize("importance", ["magnitude", "fisher"])
+def test_next_to_two_no_decay_is_without_measure(p_norm, importance):
+    model, x, y = problem()
+    groups = [group | {"importance": importance} for group in groups_of(model, p_norm)]
+    optimizer = PAdam(groups, lr=3e-3)
+    TargetSparsity(optimizer, 0.5, 40)
+    sizes = [1.0]
+
+    def compare(_):
+        sizes.append(float(weights_of(model)[0].detach().norm()))
+        assert sizes[-1] > 0.3 * sizes[-2]
+
+    train(model, optimizer, schedule("constant", optimizer, 40), x, y, range(40), after=compare)
+    assert share(weights_of(model)) == pytest.approx(0.5, abs=0.001)
+
+
+def test_a_loaded_state_without_a_target_does_not_end_the_steering_unnoticed():
+    model, x, y = problem()
+    plain = PAdam([{"params": weights_of(model)}], lr=3e-3)
+    optimizer = PAdam([{"params": weights_of(model), "target_sparsity": 0.6}], lr=3e-3)
+    TargetSparsity(optimizer, total_steps=60)
+    optimizer.load_state_dict(plain.state_dict())
+    nn.functional.mse_loss(model(x), y).backward()
+    before = [weight.detach().clone() for weight in weights_of(model)]
+    with pytest.raises(RuntimeError, match="nothing to steer any more"):
+        optimizer.step()
+    assert all(map(torch.equal, before, weights_of(model)))
+
+
 def test_a_target_below_what_is_there_is_refused():
     optimizer = PAdam([nn.Parameter(torch.tensor([0.0, 0.0, 0.0, 1.0]))], p_norm=0.5)
     with pytest.raises(ValueError, match="zeros do not come back"):
