@@ -191,7 +191,7 @@ def _decay_(param: Tensor, before: Tensor, group: dict[str, Any], state: Mapping
     weight = local_tensor(param)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if group["importance"] == "fisher":
-        if "exp_avg_sq" not in state:
+        if not _has_second_moments(param, state):
             raise ValueError(_NO_SECOND_MOMENTS.format("this optimizer"))
         second = unpacked(state["exp_avg_sq"]).to(dtype)
         scalars = decay_scalars(group, int(state["step"]))
@@ -233,14 +233,19 @@ def decay_scalars(values: Mapping[str, Any], step: int = 1) -> Scalars:
 
 
 _NO_SECOND_MOMENTS = (
-    'importance="fisher" needs second moments, and {} keeps none (exp_avg_sq): take AdamW or one of its relatives, '
-    'optim="padam", or importance="magnitude"'
+    'importance="fisher" needs second moments, and {} keeps none (exp_avg_sq, of every weight, and step, of every '
+    'tensor): take AdamW or one of its relatives, optim="padam", or importance="magnitude"'
 )
 
 
+def _has_second_moments(param: Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether there is one for every weight: not so where gradients are projected or their squares factored."""
+    return state.keys() >= {"exp_avg_sq", "step"} and state["exp_avg_sq"].shape == param.shape
+
+
 def _keeps_second_moments(optimizer: Optimizer) -> bool | None:
-    """Whether an optimizer's state has `exp_avg_sq`: seen there, or on a small twin; None if neither can be had."""
-    states = [state for state in optimizer.state.values() if state]
+    """Whether an optimizer's state has second moments: seen there, or on a small twin; None if neither can be had."""
+    states = [(param, state) for param, state in optimizer.state.items() if state and isinstance(param, Tensor)]
     if not states:
         known = inspect.signature(type(optimizer).__init__).parameters
         param = torch.nn.Parameter(torch.ones(4, 4))
@@ -250,8 +255,8 @@ def _keeps_second_moments(optimizer: Optimizer) -> bool | None:
             twin.step()
         except Exception:  # other libraries' constructors and devices: the first step will tell
             return None
-        states = [twin.state[param]]
-    return "exp_avg_sq" in states[0]
+        states = [(param, twin.state[param])]
+    return _has_second_moments(*states[0])
 
 
 def _divide(

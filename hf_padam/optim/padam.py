@@ -293,11 +293,14 @@ class PAdam(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load groups and state, in the dtype they were saved in; torch would cast state to the parameter's dtype.
 
+        The state may be Adam's or AdamW's: what their groups do not say remains as it is here.
+
         Raises:
             ValueError: If the state is of other groups, or of the same named parameters in another order: torch goes
-                by place, and would give it to other parameters.
+                by place, and would give it to other parameters. Or if it lacks what this optimizer goes on from.
         """
         seen: dict[str, Any] = {}
+        before = [dict(group) for group in self.param_groups]
 
         def remember(_: Optimizer, incoming: dict[str, Any]) -> None:
             seen.update(incoming)  # registered last, so it sees what every other hook has made of the dict
@@ -311,12 +314,22 @@ class PAdam(Optimizer):
                     f"{next(a for a, b in zip(saved, own, strict=True) if a != b)} on. If it is of hf_padam before "
                     "0.2, that version chose other weights to decay: finish the run with it"
                 )
+            for state in incoming["state"].values():
+                missing = [name for name in ("step", *MOMENTS) if state and name not in state]
+                if missing:
+                    raise ValueError(
+                        f"the loaded state has no {missing[0]}, but {', '.join(state)}: it is of another optimizer. "
+                        "PAdam goes on from its own states, and from those of Adam and AdamW"
+                    )
 
         handle = self.register_load_state_dict_pre_hook(remember)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        for group, own, saved in zip(self.param_groups, before, seen["param_groups"], strict=True):
+            if "p_norm" not in saved:  # another optimizer's
+                group |= {name: value for name, value in own.items() if name not in saved}
         params = [p for group in self.param_groups for p in group["params"]]
         saved_ids = [i for group in seen["param_groups"] for i in group["params"]]
         for saved_id, param in zip(saved_ids, params, strict=True):
@@ -328,7 +341,9 @@ class PAdam(Optimizer):
                     if name in MOMENTS:
                         state[name] = self._adopt(param, name, state[name])
                 elif name == "step":
-                    state[name] = value.float().cpu().clone()  # on a GPU, reading it would wait for the GPU
+                    state[name] = (
+                        torch.as_tensor(value).float().cpu().clone()
+                    )  # on a GPU, reading it would wait for the GPU
 
     def _adopt(self, param: Tensor, name: str, value: Tensor) -> Tensor:
         """Return a loaded moment as this optimizer stores it."""

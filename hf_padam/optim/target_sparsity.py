@@ -64,6 +64,7 @@ STATE = {
     "target_initial": -1.0,  # share of zeros before the first step, in the pool; -1: not counted yet
     "target_arrives": 0.0,  # share of zeros at the end of the ramp, in the pool; 0: as asked for
     "target_met": 0.0,  # the target whose ramp is over; 0 before
+    "target_counted": (),  # the numbers, in the group, of the parameters that it was met over
     "target_zeroed": 0,  # weights that were zeroed at the end of the ramp, in the pool
     "target_threshold": 0.0,  # their sizes were not above this
 }
@@ -85,8 +86,9 @@ class TargetSparsity:
         TargetSparsity(optimizer, total_steps=len(loader) * epochs)
 
     The groups whose `lambda_p` is positive are steered; their `lambda_p` becomes a result. Frozen weights are neither
-    changed nor counted. All state is in keys of these groups, so it is saved and restored with the optimizer's state,
-    and a resumed run goes on exactly.
+    changed nor counted while they are frozen: with what thaws after the ramp the target is met anew, at once.
+    All state is in keys of these groups, so it is saved and restored with the optimizer's state, and a resumed run
+    goes on exactly.
 
     The target is in the groups' key `target_sparsity`, and may be each group's own: `get_param_groups` also takes a
     mapping from modules to shares, and an N:M pattern, under which weights are chosen by block and zeroed step by step
@@ -177,18 +179,24 @@ class TargetSparsity:
 
     @property
     def target(self) -> float:
-        """The share of zeros asked for, over all steered weights."""
+        """The share of zeros asked for, over all steered weights; over their groups, while all of these are frozen."""
         if self._given is not None:
             return self._given
-        return _mean([self._target(pool[0]) for pool in self._pools()], [_zeros(pool)[1] for pool in self._pools()])
+        pools = self._pools()
+        if not pools:
+            return _mean([self._target(group) for group in self._steered()], [1] * len(self._steered()))
+        return _mean([self._target(pool[0]) for pool in pools], [_zeros(pool)[1] for pool in pools])
 
     @property
     def met(self) -> bool:
         """Whether the ramp is over, and the target with it met: nothing dies any more."""
-        return all(self._met([group]) for group in self._groups())
+        return self._met(self._groups() or self._steered())
 
-    def _met(self, pool: list[dict[str, Any]]) -> bool:
-        return pool[0]["target_met"] == self._target(pool[0])
+    def _met(self, groups: list[dict[str, Any]]) -> bool:
+        return all(
+            group["target_met"] == self._target(group) and _trainable(group) <= set(group["target_counted"])
+            for group in groups
+        )
 
     def _target(self, group: dict[str, Any]) -> float:
         return group["target_sparsity"] if self._given is None else self._given
@@ -212,9 +220,12 @@ class TargetSparsity:
         Returns:
             `lambda_p`, the present one (its mean over groups), which at ``p = -inf`` has no meaning and is left out;
             `planned_sparsity` and `sparsity`, the share of zeros planned by now and the actual one; once the target is
-            met, `target_zeroed` and `target_threshold`, which are what `zeroed` returns.
+            met, `target_zeroed` and `target_threshold`, which are what `zeroed` returns. Nothing while all steered
+            weights are frozen.
         """
         groups, pools = self._groups(), self._pools()
+        if not groups:
+            return {}
         counts = iter(_counts([group for pool in pools for group in pool]))
         sizes, zeros, planned = [], 0, []
         for pool in pools:
@@ -234,14 +245,19 @@ class TargetSparsity:
     def zeroed(self) -> tuple[int, float]:
         """Return how many weights were zeroed at the end of the ramp, and the largest of their sizes."""
         pools = [pool[0] for pool in self._pools()]
-        return sum(g["target_zeroed"] for g in pools), max(g["target_threshold"] for g in pools)
+        return sum(g["target_zeroed"] for g in pools), max((g["target_threshold"] for g in pools), default=0.0)
 
     def _groups(self) -> list[dict[str, Any]]:
+        """Return the steered groups that are not frozen as a whole."""
+        return [group for group in self._steered() if _trainable(group)]
+
+    def _steered(self) -> list[dict[str, Any]]:
         """Return the steered groups. Those that were loaded without what is kept in them, or added, are given it."""
         steered = [g for g in self.optimizer.param_groups if g["lambda_p"] > 0 or "target_step" in g]
         if self._given is None:
             steered = [group for group in steered if group.get("target_sparsity") is not None]
-        steered = [group for group in steered if _params([group])]
+        for group in steered:  # earlier versions did not say over which parameters the target was met
+            group.setdefault("target_counted", tuple(_trainable(group)) if group.get("target_met") else ())
         earlier = [group for group in steered if group.pop(EARLIER_STATE, None) is not None]
         if not all(self._met([group]) for group in earlier):
             logger.warning(
@@ -269,6 +285,12 @@ class TargetSparsity:
 
     @torch.no_grad()
     def _before(self, *_: Any) -> None:
+        if not self._steered():
+            raise RuntimeError(
+                "target_sparsity has nothing to steer any more: no parameter group of the optimizer has a target, so "
+                "a state was loaded of a run without one. Start a new run with its weights as the model, or set the "
+                'groups\' "target_sparsity" after loading'
+            )
         for pool in self._pools():
             step = pool[0]["target_step"]
             if pool[0]["target_initial"] < 0:
@@ -288,10 +310,10 @@ class TargetSparsity:
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
+        for group in self._steered():  # a frozen one is not left behind
+            group["target_step"] += 1
+            group[REFERENCE] = 0.0
         for pool in self._pools():
-            for group in pool:
-                group["target_step"] += 1
-                group[REFERENCE] = 0.0
             if pool[0]["target_step"] >= self.last and not self._met(pool):
                 self._zero_the_rest(pool)
 
@@ -339,7 +361,8 @@ class TargetSparsity:
             return
         for group in pool:
             exponent = 2 - group["p_norm"]
-            slowly = 1.0 if math.isinf(exponent) else (exponent * horizon) ** (-1 / exponent)
+            # With p next to 2 all weights shrink alike and none dies soon: at this size they are halved, no more.
+            slowly = 1.0 if math.isinf(exponent) else max(1.0, exponent * horizon) ** (-1 / exponent)
             group["target_reference"] = size * slowly
             if group["importance"] == "fisher":
                 group[SCALE] = scale
@@ -372,8 +395,10 @@ class TargetSparsity:
             zero_smallest_(measured, missing - (_zeros(pool)[0] - before), infinite=True)
         counts = _counts(pool)
         zeros = sum(count.zeros for count in counts)
+        zeroed = pool[0]["target_zeroed"] + zeros - before
         for group in pool:
-            group |= {"target_zeroed": zeros - before, "target_threshold": threshold, "target_met": target}
+            group |= {"target_zeroed": zeroed, "target_threshold": threshold, "target_met": target}
+            group["target_counted"] = tuple(sorted(_trainable(group).union(group["target_counted"])))
         logger.info(
             "Target sparsity: %d weights of sizes up to %.3g were zeroed at step %d.",
             zeros - before,
@@ -415,6 +440,10 @@ def _prunes(groups: list[dict[str, Any]]) -> bool:
 
 def _params(pool: list[dict[str, Any]]) -> list[Tensor]:
     return [param for group in pool for param in group["params"] if param.requires_grad]
+
+
+def _trainable(group: dict[str, Any]) -> set[int]:
+    return {i for i, param in enumerate(group["params"]) if param.requires_grad}
 
 
 def _counts(pool: list[dict[str, Any]]) -> list[TensorCount]:

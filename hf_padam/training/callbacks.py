@@ -61,10 +61,13 @@ class TargetSparsityCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             self._steering.finish()
         if not self._steering.met:
+            share = self._steering.state().get("sparsity")
             logger.warning(
-                "Training ended before target_sparsity=%s was met: %.2f %% of the decayed weights are zero.",
+                "Training ended before target_sparsity=%s was met: %s.",
                 self._steering.target,
-                100 * self._steering.state()["sparsity"],
+                "all of the decayed weights are frozen"
+                if share is None
+                else f"{100 * share:.2f} % of the decayed weights are zero",
             )
 
 

@@ -100,6 +100,7 @@ class Distillation:
         self.teacher, self._weight, self._temperature = teacher, weight, temperature
         self._shift = True
         self._teacher_logits: Callable[[Tensor], Tensor] | None = None  # of the batch, until the loss is made
+        self._shape: torch.Size | None = None  # of its labels
 
     @contextmanager
     def __call__(self, student: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -110,12 +111,15 @@ class Distillation:
             inputs: The batch that it is called with.
 
         Raises:
-            ValueError: If the model makes its loss in another way than by its `loss_function`, called once.
+            ValueError: If the model makes its loss in another way than by its `loss_function`, called once; or at
+                other positions than those of the batch.
         """
         model: Any = unwrap_peft_model(student)
         self._shift = shifts_labels(model)
         own = model.__dict__.get("_loss_function")
         self._teacher_logits = self.teacher.logits_of(inputs)
+        given = inputs.get("labels")
+        self._shape = None if given is None else given.shape
         model.loss_function = self._loss
         try:
             yield
@@ -145,7 +149,13 @@ class Distillation:
             raise ValueError("distillation: the model's forward pass makes more than one loss, which is not supported")
         if shift_labels is not None:
             labels = shift_labels
-        elif self._shift:
+        if self._shape is not None and self._shape.numel() != labels.numel():
+            raise ValueError(
+                f"distillation: the batch has labels of shape {tuple(self._shape)}, the model makes its loss of "
+                f"{tuple(labels.shape)}: positions that a teacher does not have, such as the virtual tokens of prompt "
+                "tuning. Leave distill_from out, or train another kind of adapter"
+            )
+        if shift_labels is None and self._shift:
             labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         labels = labels.flatten().to(logits.device)
         logits = logits.flatten(end_dim=-2)

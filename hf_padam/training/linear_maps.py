@@ -59,6 +59,10 @@ def embedding_weights(model: nn.Module) -> Iterator[Tensor]:
                 continue
             if isinstance(embedding, nn.Module):
                 yield from embedding.parameters()
+        if hasattr(module, "get_output_embeddings"):  # which keeps silent where the input is no text (CTC, Bark)
+            for name, child in module.named_children():
+                if name.endswith("lm_head") and _is_linear(child):
+                    yield from child.parameters(recurse=False)
 
 
 def adapter_weights(model: nn.Module) -> Iterator[Tensor]:

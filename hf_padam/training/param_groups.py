@@ -7,7 +7,7 @@ them, by role and by identity (see `linear_maps.py`); a tied weight is one weigh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -76,8 +76,8 @@ def decayed_parameters(
         if param.requires_grad
         and id(param) in chosen
         and param.is_floating_point()
-        and targets.include(name)
-        and not (dense and dense.include(name))
+        and targets.include(param)
+        and not (dense and dense.include(param))
     }
     if decayed and isinstance(target_sparsity, Mapping):
         entries = _by_entry(model, decayed, target_sparsity)
@@ -204,12 +204,14 @@ def get_param_groups(
     return groups
 
 
-def _by_entry(model: nn.Module, names: Iterable[str], entries: Mapping[str, float]) -> dict[str, list[str]]:
+def _by_entry(
+    model: nn.Module, params: Mapping[str, nn.Parameter], entries: Mapping[str, float]
+) -> dict[str, list[str]]:
     """Return the names of parameters by the entry of a mapping that they belong to; those of none are left out."""
     targets = {key: _Targets(model, [key], "target_sparsity") for key in entries if key != "*"}
     taken: dict[str, list[str]] = {key: [] for key in entries}
-    for name in names:
-        key = next((key for key, target in targets.items() if target.include(name)), "*")
+    for name, param in params.items():
+        key = next((key for key, target in targets.items() if target.include(param)), "*")
         if key in taken:
             taken[key].append(name)
     for key, mine in taken.items():
@@ -263,19 +265,22 @@ def _input_dim(model: nn.Module, name: str) -> int:
 
 
 class _Targets:
-    """Names of modules, as an option gives them, resolved against a model."""
+    """Names of modules, as an option gives them, resolved against a model.
+
+    A module, or a weight, that is in several places goes by the names of all of them.
+    """
 
     def __init__(self, model: nn.Module, target_modules: str | list[str] | None, option: str) -> None:
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         self.names_adapters = False
+        owners: set[str] = set()
         if target_modules is None:
-            self.owners = set(modules)
+            owners = set(modules)
         elif isinstance(target_modules, str) and target_modules.replace("_", "-") == "all-linear":
             linear = linear_matrices(model)
-            self.owners = {name.rpartition(".")[0] for name, param in model.named_parameters() if id(param) in linear}
+            owners = {name for name, module in modules.items() if linear & set(map(id, _own(module)))}
         else:
             entries = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-            self.owners = set()
             for entry in entries:
                 try:
                     # A lone string is matched whole, entries of a list may also be part of a name.
@@ -289,21 +294,22 @@ class _Targets:
                         f"{', '.join(_examples(modules))}. A list takes parts of names, a string one regular "
                         'expression for whole names (or "all-linear").'
                     )
-                self.owners |= matched
+                owners |= matched
             adapters = {id(p) for p in adapter_weights(model)}
-            self.names_adapters = any(
-                id(p) in adapters for name in self.owners for p in modules[name].parameters(recurse=False)
-            )
+            self.names_adapters = any(id(p) in adapters for name in owners for p in _own(modules[name]))
+        self._named = {id(param) for name in owners for param in _own(modules[name])}
 
-    def include(self, parameter_name: str) -> bool:
-        return parameter_name.rpartition(".")[0] in self.owners
+    def include(self, param: nn.Parameter) -> bool:
+        return id(param) in self._named
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters(recurse=False))
 
 
 def _examples(modules: dict[str, nn.Module]) -> list[str]:
     """A few names of modules that own parameters, one per last component."""
-    last = {
-        name.rpartition(".")[2]: name for name, module in modules.items() if list(module.parameters(recurse=False))
-    }
+    last = {name.rpartition(".")[2]: name for name, module in modules.items() if _own(module)}
     return list(last.values())[:8]
 
 

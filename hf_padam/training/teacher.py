@@ -182,7 +182,7 @@ def check_vocabularies(name: str, student: tuple[nn.Module, Any], teacher: tuple
     what = f"distill_from={name!r}"
     cure = "A teacher must have the tokenizer of the model that is trained: give another, or leave distill_from out"
     models: list[Any] = [unwrap_peft_model(model) for model, _ in (student, teacher)]
-    rows = [model.get_input_embeddings().num_embeddings for model in models]
+    rows = [_rows(model.get_input_embeddings()) for model in models]
     ids, other = (
         tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {} for _, tokenizer in (student, teacher)
     )
@@ -200,3 +200,9 @@ def check_vocabularies(name: str, student: tuple[nn.Module, Any], teacher: tuple
             )
     elif abs(rows[0] - rows[1]) > max(_PADDING, min(rows) // 100):
         raise ValueError(f"{what} has a vocabulary of {rows[1]} tokens, the model that is trained {rows[0]}. {cure}")
+
+
+def _rows(embeddings: nn.Module) -> int:
+    """Return how many rows embeddings have; an adapter may have wrapped them."""
+    sizes = (getattr(module, "num_embeddings", None) for module in embeddings.modules())
+    return next(size for size in sizes if isinstance(size, int))

@@ -267,6 +267,31 @@ def test_an_optimizer_without_second_moments_is_refused(name):
         add_pnorm_decay(optimizer, importance="fisher")
 
 
+@pytest.mark.parametrize("kind", ["projected", "factored", "counted by group"])
+def test_second_moments_that_are_not_of_every_weight_are_refused(kind):
+    class Other(torch.optim.Optimizer):
+        def __init__(self, params, lr=1e-3, all_alike=False):
+            super().__init__(params, dict(lr=lr, betas=(0.9, 0.99), all_alike=all_alike))
+
+        def step(self, closure=None):
+            for param in self.param_groups[0]["params"]:
+                full = kind == "counted by group" or not self.defaults["all_alike"] and param.shape == (4, 4)
+                shape = param.shape if full else {"projected": (1, 8), "factored": (4, 1)}.get(kind)
+                self.state[param]["exp_avg_sq"] = torch.ones(shape)
+                if kind != "counted by group":
+                    self.state[param]["step"] = torch.ones(())
+
+    weight = nn.Parameter(torch.ones(4, 8))
+    weight.grad = torch.ones(4, 8)
+    with pytest.raises(ValueError, match="needs second moments, and Other keeps none"):
+        add_pnorm_decay(Other([weight], all_alike=True), importance="fisher")
+    if kind != "counted by group":  # for some tensors only, which the first step tells
+        optimizer = Other([weight])
+        add_pnorm_decay(optimizer, importance="fisher")
+        with pytest.raises(ValueError, match="needs second moments, and this optimizer keeps none"):
+            optimizer.step()
+
+
 def test_with_adam_the_decay_around_the_step_is_that_of_padam():
     """But for weights with large gradients in a step, which only PAdam can see."""
     weights = [nn.Parameter(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) * 0.05) for _ in range(2)]

@@ -351,3 +351,44 @@ def test_groups_saved_before_an_option_existed_get_its_default():
     optimizer.step()
     assert optimizer.param_groups[0]["bf16_stochastic_round"] is False
     assert optimizer.param_groups[0]["s_rate"] == 1
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_goes_on_from_a_state_of_adam(kind):
+    weights = [torch.randn(6, 4), torch.randn(5)]
+    earlier = [nn.Parameter(weight.clone()) for weight in weights]
+    params = [nn.Parameter(weight.clone()) for weight in weights]
+    groups = [{"params": params[:1], "p_norm": 0.5, "importance": "fisher"}, {"params": params[1:], "lambda_p": 0.0}]
+    optimizer = PAdam(groups, lr=1e-3, lambda_p=0.3)
+    adam = kind([{"params": [param]} for param in earlier], lr=1e-2, betas=(0.8, 0.95), weight_decay=0.0)
+    for step in range(3):
+        for param, own in zip(earlier, params, strict=True):
+            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step))
+            own.grad = param.grad.clone()
+        if step == 2:
+            with torch.no_grad():
+                for param, own in zip(earlier, params, strict=True):
+                    own.copy_(param)
+            optimizer.load_state_dict(copy.deepcopy(adam.state_dict()))
+            optimizer.step()
+        adam.step()
+    first, second = optimizer.param_groups
+    assert (first["p_norm"], first["lambda_p"], first["importance"]) == (0.5, 0.3, "fisher")
+    assert (second["p_norm"], second["lambda_p"], second["importance"]) == (0.8, 0.0, "magnitude")
+    assert (first["lr"], first["betas"]) == (1e-2, (0.8, 0.95))
+    for param, own in zip(earlier, params, strict=True):  # under "fisher" nothing decays in the first steps
+        torch.testing.assert_close(own, param)
+        assert optimizer.state[own]["step"] == 3
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adamax, torch.optim.RMSprop])
+def test_a_state_of_an_optimizer_without_these_moments_is_refused(kind):
+    params = [nn.Parameter(torch.randn(6, 4))]
+    other = kind(params, lr=1e-2, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+    params[0].grad = torch.ones(6, 4)
+    other.step()
+    optimizer = PAdam(params)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="it is of another optimizer. PAdam goes on from its own states"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.state_dict() == before

@@ -326,6 +326,71 @@ def test_a_group_that_is_added_on_the_way_is_steered_too(per_group):
         assert share([first]) == pytest.approx(0.6, abs=0.01) == pytest.approx(share([second]), abs=0.01)
 
 
+@pytest.mark.parametrize("frozen_from, frozen_to", [(0, 30), (20, 40), (20, 90), (70, 90)])
+@pytest.mark.parametrize("groups", ["one", "pool", "own"])
+def test_what_is_frozen_for_a_while_counts_again_afterwards(groups, frozen_from, frozen_to):
+    model, x, y = problem()
+    first, second = weights_of(model)
+    parts = [[first, second]] if groups == "one" else [[first], [second]]
+    optimizer = PAdam([{"params": part} for part in parts], lr=3e-3, p_norm=0.5)
+    first.requires_grad_(frozen_from > 0)
+    steering = TargetSparsity(optimizer, 0.6, 100, per_group=groups == "own")
+    constant = schedule("constant", optimizer, 100)
+
+    def freeze(step):
+        first.requires_grad_(not frozen_from <= step < frozen_to)
+        if step == 92:  # at once, so that the rest of the steps are left to recover
+            assert steering.met and share([first, second]) == pytest.approx(0.6, abs=0.01)
+
+    train(model, optimizer, constant, x, y, range(100), after=freeze)
+    assert steering.met and share([first, second]) == pytest.approx(0.6, abs=0.01)
+    assert {group["target_step"] for group in optimizer.param_groups} == {100}
+    if groups == "own":
+        assert share([first]) == pytest.approx(0.6, abs=0.01) == pytest.approx(share([second]), abs=0.01)
+
+
+def test_a_target_is_not_met_while_all_that_it_is_of_is_frozen():
+    model, x, y = problem()
+    optimizer = PAdam([*({"params": [p], "target_sparsity": 0.6} for p in weights_of(model))], lr=3e-3, p_norm=0.5)
+    steering = TargetSparsity(optimizer, total_steps=60)
+    constant = schedule("constant", optimizer, 60)
+    train(model, optimizer, constant, x, y, range(30))
+    for weight in weights_of(model):
+        weight.requires_grad_(False)
+    train(model, optimizer, constant, x, y, range(30, 60))
+    assert not steering.met and steering.state() == {} and steering.target == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("p_norm", [1.9, 1.999, math.nextafter(2, 0)])
+@pytest.mark.parametrize("importance", ["magnitude", "fisher"])
+def test_next_to_two_no_decay_is_without_measure(p_norm, importance):
+    model, x, y = problem()
+    groups = [group | {"importance": importance} for group in groups_of(model, p_norm)]
+    optimizer = PAdam(groups, lr=3e-3)
+    TargetSparsity(optimizer, 0.5, 40)
+    sizes = [1.0]
+
+    def compare(_):
+        sizes.append(float(weights_of(model)[0].detach().norm()))
+        assert sizes[-1] > 0.3 * sizes[-2]
+
+    train(model, optimizer, schedule("constant", optimizer, 40), x, y, range(40), after=compare)
+    assert share(weights_of(model)) == pytest.approx(0.5, abs=0.001)
+
+
+def test_a_loaded_state_without_a_target_does_not_end_the_steering_unnoticed():
+    model, x, y = problem()
+    plain = PAdam([{"params": weights_of(model)}], lr=3e-3)
+    optimizer = PAdam([{"params": weights_of(model), "target_sparsity": 0.6}], lr=3e-3)
+    TargetSparsity(optimizer, total_steps=60)
+    optimizer.load_state_dict(plain.state_dict())
+    nn.functional.mse_loss(model(x), y).backward()
+    before = [weight.detach().clone() for weight in weights_of(model)]
+    with pytest.raises(RuntimeError, match="nothing to steer any more"):
+        optimizer.step()
+    assert all(map(torch.equal, before, weights_of(model)))
+
+
 def test_a_target_below_what_is_there_is_refused():
     optimizer = PAdam([nn.Parameter(torch.tensor([0.0, 0.0, 0.0, 1.0]))], p_norm=0.5)
     with pytest.raises(ValueError, match="zeros do not come back"):

@@ -374,6 +374,30 @@ def test_adapters_are_distilled_too(tmp_path):
     assert trainer.model.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight.abs().sum() > 0
 
 
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["embed_tokens", "q_proj"]}, {"trainable_token_indices": [1, 2]}]
+)
+def test_adapters_of_embeddings_do_not_hide_the_vocabulary(tmp_path, options):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(**{"target_modules": ["q_proj"]} | options, task_type="CAUSAL_LM"))
+    train(model, tmp_path, max_steps=1, optim="adamw_torch", optim_args=None, distill_from="start")
+
+
+@pytest.mark.parametrize("padded", [0, 20])
+def test_positions_that_the_teacher_does_not_have_are_refused(tmp_path, padded):
+    from peft import PromptTuningConfig, get_peft_model
+
+    rows = blocks(4, 24)
+    for row in rows:  # padded ones are within the teacher's logits, at other tokens
+        row["labels"] = row["labels"][: 24 - padded] + [-100] * padded
+    model = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(ValueError, match=r"labels of shape \(4, 24\), the model makes its loss of \(4, 27\)"):
+        train(model, tmp_path, data=rows, optim="adamw_torch", optim_args=None, distill_from="start")
+    assert equal(before, model.parameters())
+
+
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_in_mixed_precision_the_loss_is_nearly_the_same(tmp_path, dtype):
     options = dict(distill_from="a model", distill_dtype=dtype, max_steps=2)

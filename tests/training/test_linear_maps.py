@@ -203,6 +203,26 @@ def test_what_decays_by_family(family):
     assert set(decayed) <= set(decayed_parameters(model, decay_embeddings=True))
 
 
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("Wav2Vec2ForCTC", transformers.Wav2Vec2Config(num_hidden_layers=1)),
+        ("HubertForCTC", transformers.HubertConfig(num_hidden_layers=1)),
+        ("BarkSemanticModel", transformers.BarkSemanticConfig(num_layers=1)),
+        ("ClvpForCausalLM", transformers.ClvpDecoderConfig(num_hidden_layers=1)),
+    ],
+)
+def test_an_output_head_that_the_model_does_not_own_up_to_is_one(name, config):
+    from transformers.models.bark import modeling_bark
+
+    cls = getattr(transformers, name, None) or getattr(modeling_bark, name)
+    with torch.device("meta"):
+        model = cls(config)
+    assert model.get_output_embeddings() is None
+    assert "lm_head.weight" not in decayed_parameters(model)
+    assert "lm_head.weight" in decayed_parameters(model, decay_embeddings=True)
+
+
 def causal_models():
     logging.set_verbosity_error()
     for config_class in CONFIG_MAPPING.values():

@@ -59,6 +59,21 @@ def test_a_weight_tied_to_an_embedding_by_hand_is_an_embedding():
     assert set(decayed_parameters(Model())) == {"middle.weight"}
 
 
+def test_a_shared_weight_goes_by_the_names_of_all_its_modules():
+    assert "model.embed_tokens.weight" not in decayed_parameters(
+        tiny_llama(), decay_embeddings=True, dense_modules=["lm_head"]
+    )
+    model, shared = tiny_llama(), "model.layers.0.mlp.up_proj.weight"
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    assert shared not in decayed_parameters(model, dense_modules=["layers.1"])
+    assert shared in decayed_parameters(model, target_modules=["layers.1"])
+    assert shared in decayed_parameters(model, target_modules=r".*layers\.1\..*")
+    assert shared in decayed_parameters(model, target_sparsity={"layers.1": 0.5})
+    model.model.layers[1] = model.model.layers[0]  # and so with a shared module
+    with pytest.raises(ValueError, match="no weight is left to decay"):
+        get_param_groups(model, dense_modules=["layers.1"])
+
+
 def test_frozen_weights_are_in_no_group():
     model = tiny_llama()
     model.model.layers[0].requires_grad_(False)
