@@ -63,6 +63,7 @@ class ResumableTrainer(Trainer):
         self._stop_signal = StopSignal()
         self._staging: Path | None = None
         self._resumed: dict[str, Any] = {}  # what `_complete` had written into the checkpoint to go on from
+        self._home: Path | None = None  # the directory of that checkpoint
         self._place = self._begin(apart=True)
         self._batches = self._first_step = 0
         self._epoch_ended = False
@@ -86,6 +87,7 @@ class ResumableTrainer(Trainer):
         with nullcontext() if self.args.save_strategy == SaveStrategy.NO else claimed(directory), self._stop_signal:
             checkpoint = resolve_checkpoint(resume_from_checkpoint, directory)
             self._resumed = _read_run_state(checkpoint)
+            self._home = checkpoint and checkpoint.parent
             self._place = self._begin(apart=not checkpoint or self._resumed.get("draws_apart", False))
             if checkpoint:
                 self._check_settings(str(checkpoint), self._resumed.get("settings", {}))
@@ -119,6 +121,7 @@ class ResumableTrainer(Trainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Return the epoch to go on in, and how many of its batches to skip."""
         epoch, batches = super()._init_training_state(*args, **kwargs)
+        self._find_best()
         self._first_step = self.state.global_step
         settings, saved = self._settings(), self._resumed.get("settings", {})
         same = all(settings[name] == saved.get(name) for name in _BATCH_SETTINGS)
@@ -127,6 +130,14 @@ class ResumableTrainer(Trainer):
         if self._resumed["epoch_ended"]:
             return self._resumed["epoch"] + 1, 0
         return self._resumed["epoch"], 0 if self.args.ignore_data_skip else self._resumed["batches"]
+
+    def _find_best(self) -> None:
+        """Look for the best checkpoint beside the one to go on from: the run's directory may have another name now."""
+        best = self._home and self._home / f"checkpoint-{self.state.best_global_step}"
+        known = self.state.best_model_checkpoint
+        if best and best.is_dir() and (known is None or best.resolve() != Path(known).resolve()):
+            logger.warning("The best checkpoint so far is %s.", best)
+            self.state.best_model_checkpoint = str(best)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch, or what is left of it: nothing after the last step but its end."""

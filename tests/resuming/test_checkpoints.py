@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from conftest import REPOSITORY, blocks, options, tiny_llama
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
@@ -151,6 +153,51 @@ def test_the_best_checkpoint_is_known_by_its_final_name_and_kept(tmp_path):
     assert best == str(tmp_path / left[0]) and len(left) == 2 and left[1] == "checkpoint-6"
     saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
     assert saved["best_model_checkpoint"] == best
+
+
+class Kill(TrainerCallback):
+    """End a run as soon as the checkpoint of a step is saved."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def evaluated(directory, callbacks=(), resume=None, **more):
+    """Train with an evaluation and a checkpoint of every step, of which the first is the best."""
+    settings = options(directory, max_steps=8, save_strategy="steps", save_steps=1, eval_strategy="steps",
+                       eval_steps=1, load_best_model_at_end=True, metric_for_best_model="sparsity",
+                       greater_is_better=False) | more  # fmt: skip
+    trainer = PAdamTrainer(
+        model=tiny_llama(), args=PAdamTrainingArguments(**settings), train_dataset=blocks(), eval_dataset=blocks(4),
+        callbacks=list(callbacks),
+    )  # fmt: skip
+    with suppress(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("change", ["renamed", "copied", "another working directory"])
+def test_the_best_checkpoint_is_kept_and_loaded_wherever_the_run_is_now(change, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluated(Path("run"), [Kill(4)], save_total_limit=2)
+    now = tmp_path / ("run" if change == "another working directory" else "now")
+    if change == "renamed":
+        os.rename("run", now)
+    elif change == "copied":
+        shutil.copytree("run", now)
+        (tmp_path / "run" / "checkpoint-1" / "model.safetensors").unlink()  # that directory is another run's by now
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    trainer = evaluated(now, resume=True, save_total_limit=2)
+    assert sorted(os.listdir(now)) == ["checkpoint-1", "checkpoint-8"]
+    assert trainer.state.best_model_checkpoint == str(now / "checkpoint-1")
+    best = load_file(now / "checkpoint-1" / "model.safetensors")
+    assert all((trainer.model.state_dict()[name] == best[name]).all() for name in best)
 
 
 def checkpoint_at(directory, step, seconds):
