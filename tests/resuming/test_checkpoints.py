@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import DistributedType
 from conftest import REPOSITORY, blocks, options, tiny_llama
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
 from hf_padam.resuming.checkpoints import (
@@ -198,6 +198,23 @@ def test_the_best_checkpoint_is_kept_and_loaded_wherever_the_run_is_now(change, 
     assert trainer.state.best_model_checkpoint == str(now / "checkpoint-1")
     best = load_file(now / "checkpoint-1" / "model.safetensors")
     assert all((trainer.model.state_dict()[name] == best[name]).all() for name in best)
+
+
+@pytest.mark.parametrize("step", [3, 4])  # the last one before it stops, and that in which it does
+def test_early_stopping_waits_no_longer_in_a_resumed_run(step, tmp_path):
+    def patient():
+        return [EarlyStoppingCallback(9), EarlyStoppingCallback(3)]
+
+    evaluated(tmp_path, [*patient(), Kill(step)])
+    trainer = evaluated(tmp_path, patient(), resume=True)
+    assert trainer.state.global_step == 4
+    assert [callback.early_stopping_patience_counter for callback in trainer.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)] == [3, 3]  # fmt: skip
+
+
+def test_a_callback_that_the_checkpoint_does_not_know_begins_anew(tmp_path):
+    evaluated(tmp_path, [Kill(2)])
+    assert evaluated(tmp_path, [EarlyStoppingCallback(3)], resume=True).state.global_step == 5
 
 
 def checkpoint_at(directory, step, seconds):
