@@ -322,6 +322,23 @@ def test_a_checkpoint_of_ours_that_has_lost_something_since_is_passed_over(name,
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 
 
+@pytest.mark.parametrize(
+    ("state_file", "name"),
+    [("trainer_state.json", "run_state.json"), ("custom_checkpoint_0.pkl", "sampler.bin"),
+     ("custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"), ("custom_checkpoint_0.pkl", "scaler.pt")],
+)  # fmt: skip
+def test_what_a_run_has_written_besides_is_missed_too(state_file, name, tmp_path):
+    for step in (1, 2):
+        with staged_checkpoint(tmp_path / f"checkpoint-{step}") as staging:
+            checkpoint_at(staging.parent, step, 100)
+            (staging / name).write_text("{}")
+            torch.save({}, staging / "custom_checkpoint_0.pkl")
+    assert newest_checkpoint(tmp_path, state_file) == tmp_path / "checkpoint-2"
+    (tmp_path / "checkpoint-2" / name).unlink()
+    assert newest_checkpoint(tmp_path, state_file) == tmp_path / "checkpoint-1"
+    assert find_defect(tmp_path / "checkpoint-2", state_file) == f"{name} is missing"
+
+
 @pytest.mark.parametrize("harm", [halve, empty, overwrite])
 def test_what_says_where_a_checkpoint_of_ours_is_may_be_damaged_too(harm, tmp_path, caplog):
     saved(tmp_path)
