@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import numpy as np
@@ -271,3 +272,14 @@ def test_wrong_arguments_are_one_clear_line(arguments, message, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
         main(["sparsity", *arguments])
+
+
+@pytest.mark.parametrize("command", ["sparsity", "verify"])
+@pytest.mark.parametrize("full", [True, False], ids=["a full disk", "a closed pipe"])
+def test_output_that_nobody_takes_is_one_clear_line(command, full, model_dir, monkeypatch):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with open("/dev/full" if full else theirs, "w") as output:  # and nothing is left to fail as it is closed
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit):
+            main([command, str(model_dir)])
