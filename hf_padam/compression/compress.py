@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..files import is_free, staged_new_directory
+from ..files import is_free, real, staged_new_directory
 from .hub import find, upload
 from .model_card import add_sparsity, remove_sparsity
 from .model_directory import CONFIG, OTHER_WEIGHTS, QUANT_METHOD, VERSION_KEY, ModelDirectory, checksum, unpacked
@@ -202,7 +202,7 @@ def save_compressed(
 def _new_directory(source: Path | None, destination: str | Path, force: bool) -> Any:
     """Open `staged_new_directory`, making sure that `force` deletes neither the source nor what is no model."""
     destination = Path(destination)
-    if source is not None and source.resolve().is_relative_to(destination.resolve()):
+    if source is not None and real(source).is_relative_to(real(destination)):
         raise FileExistsError(f"{destination} holds the model to read: name another directory")
     if not is_free(destination):
         if not force:
