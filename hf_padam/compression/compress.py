@@ -99,6 +99,11 @@ def compress(
             raise CompressionError(f"{source} is compressed already; `hf-padam decompress` makes it dense again")
         if model.config_bytes is None:
             raise CompressionError(f"{source} has no {CONFIG}, without which a compressed model cannot be loaded")
+        lacking = model.index.get("weight_map", {}).keys() - {stored.info.name for stored in model.stored}
+        if lacking:
+            raise CompressionError(
+                f"{source} is damaged: {INDEX} says that it holds {min(lacking)}, which no file does. Get it again"
+            )
         if model.quantization:
             method = model.quantization.get("quant_method")
             raise CompressionError(
