@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import sys
 
@@ -140,6 +141,28 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     assert "is not known" in said.out and "Do you wish" not in said.out + said.err
     assert not (tmp_path / "has run").exists()
+
+
+def test_what_a_config_names_is_called_if_it_is_a_model_and_not_otherwise(tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "model"
+    tiny_llama().save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"architectures": ["Trainer"]}))
+    monkeypatch.chdir(tmp_path)
+    main(["sparsity", str(directory)])
+    assert "decays by default in LlamaForCausalLM" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("shape", [[16], [32, 1], [2, 8]])
+def test_weights_of_which_several_share_a_byte_are_refused_by_their_dtype(shape, tmp_path):
+    size = math.prod(shape) // 2
+    header = json.dumps({"a": {"dtype": "F4", "shape": shape, "data_offsets": [0, size]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    (tmp_path / "config.json").write_text("{}")
+    for arguments in ["sparsity", str(tmp_path)], ["compress", str(tmp_path), str(tmp_path / "out")]:
+        with pytest.raises(SystemExit, match="tensor a has the dtype F4"):
+            main(arguments)
 
 
 def llava():
