@@ -154,19 +154,20 @@ class ResumableTrainer(Trainer):
         ones. One that the checkpoint does not know begins anew: Transformers could not save its state.
         """
         super()._load_callback_state()
+        kept: Any = self.state.stateful_callbacks  # by name, as they are loaded
         named: dict[str, list[Any]] = {}
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
                 named.setdefault(type(callback).__name__, []).append(callback)
         for name, callbacks in named.items():
-            saved: Any = self.state.stateful_callbacks.get(name, [])
+            saved = kept.get(name, [])
             newest = (
                 saved[-len(callbacks) :] if isinstance(saved, list) else [saved]
             )  # of several, each save adds some
             if not self.args.restore_callback_states_from_checkpoint:
                 for callback, state in zip(callbacks, newest, strict=False):
                     vars(callback).update(state.get("attributes", {}))
-            self.state.stateful_callbacks[name] = newest if len(callbacks) > 1 else {}
+            kept[name] = newest if len(callbacks) > 1 else {}
 
     def _has_stopped_early(self) -> bool:
         """Whether the run had no more progress to wait for when the checkpoint was saved."""
