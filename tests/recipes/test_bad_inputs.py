@@ -13,8 +13,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, character_tokenizer
+from conftest import REPOSITORY, character_tokenizer, tiny_llama
 from support import wheels
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
 
 SCRIPT = str(REPOSITORY / "recipes" / "finetune_clm.py")
 
@@ -148,6 +149,24 @@ def test_bad_models(complain, tmp_path, model_dir):
     tokenizer.add_tokens([f"<extra {i}>" for i in range(50)])
     tokenizer.save_pretrained(other)
     assert "they do not belong together" in complain(tokenizer_name=other)
+
+
+@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
+def test_a_model_without_a_head_that_predicts_tokens(complain, tmp_path, kind):
+    config = LlamaConfig(**tiny_llama().config.to_dict() | {"tie_word_embeddings": False})
+    kind(config).save_pretrained(tmp_path / "other")
+    character_tokenizer().save_pretrained(tmp_path / "other")
+    said = complain(model_name_or_path=tmp_path / "other")
+    assert "not a whole causal language model" in said and "lm_head.weight" in said
+    assert "--distill_from" in complain(distill_from=tmp_path / "other")
+
+
+def test_a_text_of_which_nothing_is_left_to_validate_on(complain, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("A short line.\n" * 40)
+    options = {"model_name_or_path": None, "train_file": text, "block_size": 8, "n_layer": 1, "n_embd": 12}
+    script = SCRIPT.replace("finetune_clm", "pretrain_char")
+    assert "too few" in complain(validation_split_percentage=0.2, script=script, **options)
 
 
 def test_bad_configs(complain, tmp_path):
