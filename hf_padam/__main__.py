@@ -81,12 +81,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     work = {"sparsity": _sparsity, "verify": _verify}.get(args.command, _compression)
     try:
-        sys.stdout.write(work(args))
+        _print(work(args))
     except (ValueError, OSError, ImportError) as error:
         message = f"hf-padam {args.command}: {error}"
         if args.command == "verify":  # whose exit status 1 says that a model is not intact
             verify.exit(2, f"{message}\n")
         raise SystemExit(message) from None
+
+
+def _print(text: str) -> None:
+    """Print, all of it now: of what fails to be written as Python ends it only says that an exception was ignored."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left over goes at the end
+        raise
 
 
 def _compression(args: argparse.Namespace) -> str:
@@ -131,7 +141,7 @@ def _verify(args: argparse.Namespace) -> str:
 
     found = verify(args.model, revision=args.revision, token=args.token)
     if not found.intact:
-        sys.stdout.write(f"{found}\n")
+        _print(f"{found}\n")
         raise SystemExit(1)
     return f"{found}\n"
 

@@ -55,7 +55,7 @@ def staged(path: str | Path) -> Iterator[Path]:
     A link stays one: what it leads to is replaced. A file keeps its permissions.
     """
     path = Path(path)
-    target = path.resolve() if path.is_symlink() else path
+    target = real(path) if path.is_symlink() else path
     _make_directory(target.parent)
     with _explained(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=target.parent)
@@ -69,6 +69,11 @@ def staged(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def real(path: str | Path) -> Path:
+    """Return what a path leads to. A circle of links leads nowhere and stays: `resolve` would raise a RuntimeError."""
+    return Path(os.path.realpath(path))
 
 
 def _is_device(path: Path) -> bool:
@@ -99,7 +104,7 @@ def locked(path: str | Path) -> Iterator[bool]:
     Raises:
         BusyError: If another process holds the lock, or another thread.
     """
-    path = Path(path).resolve()
+    path = real(path)
     if path in _locked:
         handle, thread = _locked[path]
         if thread != threading.get_ident():
@@ -198,8 +203,9 @@ def staged_new_directory(directory: str | Path, replace: bool = False, last: str
     """Yield a hidden directory beside `directory`; rename it to `directory` if the block succeeds.
 
     A kill leaves what was there, and what it leaves beside that is deleted by the next attempt. (Between two renames
-    nothing is there for a moment; a kill then is mended by the next attempt.) What cannot be renamed, a mount point or
-    a directory in one that this user may not write to, must be empty, and gets its files one by one.
+    nothing is there for a moment; a kill then is mended by the next attempt.) What cannot be renamed, a mount point,
+    the working directory, or one in a directory that this user may not write to, must be empty, and gets its files one
+    by one.
 
     Args:
         directory: What is to appear, whole. It may exist if it is empty, or if `replace` is set.
@@ -211,10 +217,12 @@ def staged_new_directory(directory: str | Path, replace: bool = False, last: str
         BusyError: If another process is writing there.
         WriteError: If it could not be written, for want of space for example. What was there is untouched.
     """
-    directory = Path(directory).resolve()  # of a link, what it leads to
+    directory = real(directory)
     if directory.is_dir() and _is_fixed(directory):
         if not is_free(directory):
-            raise FileExistsError(f"{directory} cannot be replaced as a whole (a mount point?): empty it first")
+            raise FileExistsError(
+                f"{directory} cannot be replaced as a whole (a mount point, or the working directory?): empty it first"
+            )
         with staged_directory(directory, last) as temporary:
             yield temporary
         return
@@ -239,7 +247,10 @@ def staged_new_directory(directory: str | Path, replace: bool = False, last: str
                     os.rename(replaced, directory)
                 raise
             flush(directory.parent)
-            discard(replaced)
+            if replaced.exists():
+                os.rename(
+                    replaced, temporary
+                )  # deleted in a moment: a kill then must not leave half of it to come back
 
 
 def is_free(directory: Path) -> bool:
@@ -250,10 +261,11 @@ def is_free(directory: Path) -> bool:
 
 
 def _is_fixed(directory: Path) -> bool:
-    """Whether a directory cannot be renamed."""
+    """Whether a directory cannot be renamed, or would be gone for whoever works in it."""
     mounts = Path("/proc/self/mountinfo")  # of a bind mount from the same disk, nothing else knows
     names = [line.split()[4] for line in mounts.read_text().splitlines()] if mounts.is_file() else []
-    return directory.is_mount() or str(directory) in names or not os.access(directory.parent, os.W_OK)
+    fixed = directory.is_mount() or str(directory) in names or not os.access(directory.parent, os.W_OK)
+    return fixed or os.path.samefile(directory, ".")
 
 
 @contextmanager
@@ -292,7 +304,7 @@ def flush(path: Path) -> None:
 
 def describe_disk(directory: Path) -> str:
     """Name the disk that holds a directory, and its free space."""
-    mount = directory.resolve()
+    mount = real(directory)
     while not mount.is_mount():
         mount = mount.parent
     usage = shutil.disk_usage(mount)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from support import report
 from support.arguments import ModelArguments, check_output_dir, check_resume, parse_arguments
@@ -84,6 +84,8 @@ def main() -> None:
     if tokenizer.chat_template is None and args.chat_template_path is None:
         raise UsageError("the tokenizer has no chat template: take a chat model, or give --chat_template_path")
     longest = longest_sequence(model, tokenizer)
+    if args.max_length is not None and args.max_length < 2:
+        raise UsageError(f"--max_length {args.max_length} is too small: it must be at least 2")
     args.max_length = min(args.max_length or longest, longest)
     hub_options = {"token": model_args.token, "cache_dir": model_args.cache_dir}
     splits = load_conversations(data_args, args.main_process_first(desc="reading"), hub_options)
@@ -96,8 +98,18 @@ def main() -> None:
             raise UsageError("this recipe evaluates whole models: run TRL's own script with `hf-padam run` instead")
         trainer.create_optimizer()
         decayed = decayed_names(model, trainer.optimizer, args)
+    except UsageError:
+        raise
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
+    except Exception as error:  # of data and templates, TRL raises whatever its own libraries raise
+        raise UsageError(f"TRL cannot prepare the conversations: {type(error).__name__}: {error}") from error
+    prepared: Any = {"train": trainer.train_dataset, **cast(Any, trainer.eval_dataset)}
+    for split, rows in prepared.items():
+        if len(rows) == 0:
+            raise UsageError(
+                f"--max_length {args.max_length} leaves nothing of the answers in the {split} conversations"
+            )
     magnitudes, before = report.Magnitudes.of(model, decayed), perplexities(trainer)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 

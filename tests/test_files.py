@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -14,7 +15,15 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from hf_padam.files import BusyError, WriteError, locked, staged_directory, staged_new_directory, write_atomically
+from hf_padam.files import (
+    BusyError,
+    WriteError,
+    discard,
+    locked,
+    staged_directory,
+    staged_new_directory,
+    write_atomically,
+)
 
 WAYS = {"into": staged_directory, "as": staged_new_directory}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY / "hf_padam")}  # which spares importing the rest of it
@@ -204,3 +213,42 @@ def test_a_place_that_cannot_be_is_a_clear_error(write, tmp_path):
     with pytest.raises(WriteError, match="the directory .*file.* cannot be made"):
         with write(tmp_path / "file" / "below" / "out"):
             pass
+
+
+@pytest.mark.parametrize("write", [*WAYS.values(), lambda path: write_atomically(path / "file", "text")])
+def test_a_circle_of_links_is_a_clear_error(write, tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(WriteError, match="circle"):
+        with contextlib.ExitStack() as stack:
+            if (context := write(tmp_path / "circle")) is not None:
+                stack.enter_context(context)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_the_working_directory_gets_its_files_and_stays_the_same_directory(replace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with staged_new_directory(".", replace) as staging:
+        (staging / "file").write_text("ours")
+    assert os.listdir(".") == ["file"]  # of the directory that was entered, not of one by its name
+    with pytest.raises(FileExistsError, match="working directory"):
+        with staged_new_directory(".", replace):
+            pass
+
+
+def test_what_was_replaced_does_not_come_back_if_its_deletion_is_interrupted(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for content in ("first", "second"):
+        with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+            patched.setattr("hf_padam.files.discard", killed if content == "second" else discard)
+            with staged_new_directory(out, replace=True) as staging:
+                (staging / "file").write_text(content)
+    assert (out / "file").read_text() == "second"
+    discard(out)  # as the user may do
+    with staged_new_directory(out) as staging:
+        (staging / "file").write_text("third")
+    assert os.listdir(tmp_path) == ["out"] and (out / "file").read_text() == "third"
+
+
+def killed(directory):
+    if directory.is_dir():
+        raise KeyboardInterrupt

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..files import is_free, staged_new_directory
+from ..files import is_free, real, staged_new_directory
 from .hub import find, upload
 from .model_card import add_sparsity, remove_sparsity
 from .model_directory import CONFIG, OTHER_WEIGHTS, QUANT_METHOD, VERSION_KEY, ModelDirectory, checksum, unpacked
@@ -99,6 +99,11 @@ def compress(
             raise CompressionError(f"{source} is compressed already; `hf-padam decompress` makes it dense again")
         if model.config_bytes is None:
             raise CompressionError(f"{source} has no {CONFIG}, without which a compressed model cannot be loaded")
+        lacking = model.index.get("weight_map", {}).keys() - {stored.info.name for stored in model.stored}
+        if lacking:
+            raise CompressionError(
+                f"{source} is damaged: {INDEX} says that it holds {min(lacking)}, which no file does. Get it again"
+            )
         if model.quantization:
             method = model.quantization.get("quant_method")
             raise CompressionError(
@@ -202,7 +207,7 @@ def save_compressed(
 def _new_directory(source: Path | None, destination: str | Path, force: bool) -> Any:
     """Open `staged_new_directory`, making sure that `force` deletes neither the source nor what is no model."""
     destination = Path(destination)
-    if source is not None and source.resolve().is_relative_to(destination.resolve()):
+    if source is not None and real(source).is_relative_to(real(destination)):
         raise FileExistsError(f"{destination} holds the model to read: name another directory")
     if not is_free(destination):
         if not force:

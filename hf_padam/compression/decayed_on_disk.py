@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -66,7 +66,7 @@ def skeleton(model: ModelDirectory) -> nn.Module:
             del config.quantization_config
         named = getattr(transformers, (config.architectures or [""])[0], None)
         with torch.device("meta"):
-            if named is not None:
+            if isinstance(named, type) and issubclass(named, PreTrainedModel):  # and nothing else that it has
                 return named(config)
             automatic = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
             return automatic.from_config(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -66,10 +67,11 @@ class ModelDirectory:
 
     Args:
         path: A directory with `model.safetensors`, or an index and its shards.
-        damaged: Takes the errors of weight files that cannot be opened, which are then left out.
+        damaged: Takes the errors of weight files that cannot be opened, which are then left out, or hold the same.
 
     Raises:
-        CompressionError: If there are no such files, or one is missing, truncated or cannot be read.
+        CompressionError: If there are no such files, or one is missing, truncated or cannot be read, or two hold the
+            same tensor.
     """
 
     def __init__(self, path: str | Path, damaged: list[CompressionError] | None = None) -> None:
@@ -87,6 +89,7 @@ class ModelDirectory:
                     if damaged is None:
                         raise
                     damaged.append(error)
+            self._check_once(damaged)
         except BaseException:
             self.close()
             raise
@@ -97,6 +100,15 @@ class ModelDirectory:
         except FileNotFoundError:
             message = f"{self.path / INDEX} names {self.path / name}, which is missing. {REMEDY}"
             raise CompressionError(message) from None
+
+    def _check_once(self, damaged: list[CompressionError] | None) -> None:
+        """Check that no two files hold a tensor of one name: which of them is meant would be anybody's guess."""
+        numbers = Counter(tensor.info.name for tensor in self.stored)
+        for name in sorted(name for name, number in numbers.items() if number > 1):
+            error = CompressionError(f"{self.path} is damaged: several of its files hold {name}. {REMEDY}")
+            if damaged is None:
+                raise error
+            damaged.append(error)
 
     @cached_property
     def compressed(self) -> bool:

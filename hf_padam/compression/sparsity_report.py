@@ -190,7 +190,12 @@ class SparsityReport:
 
 
 def _parts(info: TensorInfo, m: int) -> list[tuple[int, int]]:
-    """Split a tensor into rows, in multiples of M: start and size of each part, in bytes."""
+    """Split a tensor into rows, in multiples of M: start and size of each part, in bytes.
+
+    Raises:
+        CompressionError: If torch has not its dtype: its rows may end within a byte.
+    """
+    torch_dtype(info)
     if not info.nbytes:
         return []
     row = info.nbytes // info.shape[0] if len(info.shape) > 1 else info.nbytes // info.elements

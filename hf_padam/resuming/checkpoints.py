@@ -45,6 +45,9 @@ _NEEDED = {
 }  # fmt: skip
 """What a run needs to go on exactly, and the names that Trainer, accelerate, FSDP, DeepSpeed and PEFT give to it."""
 
+_ALSO_USED = (RUN_STATE, "scaler*", "sampler*", "dl_state_dict*", "custom_checkpoint*")
+"""What a run goes on from besides, if it has written it."""
+
 _TORCH_FILE = re.compile(
     r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|custom_checkpoint|pytorch_model|adapter_model"
     r"|training_args|\w+_states).*\.(pt|pth|bin|pkl)"
@@ -151,7 +154,8 @@ def find_defect(checkpoint: Path, state_file: str = TRAINER_STATE, checksums: bo
             return f"{MARKER} cannot be read ({error})"
         for name, size in sizes.items():
             file = checkpoint / name
-            if not file.is_file() or file.stat().st_size != size:
+            read = name in (state_file, RUN_STATE)  # below, where errors say what is wrong
+            if not file.is_file() or (file.stat().st_size != size and not read):
                 return f"{name} {'has not the size that it was written with' if file.exists() else 'is missing'}"
         files = [file for file in files if file.name in (state_file, RUN_STATE) and file.parent == checkpoint]
     for file in files:
@@ -171,7 +175,7 @@ def is_whole(checkpoint: Path, state_file: str = TRAINER_STATE) -> bool:
 
 def _mark(checkpoint: Path) -> None:
     """Write the marker."""
-    patterns = [pattern for needed in _NEEDED.values() for pattern in needed]
+    patterns = [*(pattern for needed in _NEEDED.values() for pattern in needed), *_ALSO_USED]
     found = {file for pattern in patterns for match in checkpoint.glob(pattern) for file in (match, *match.rglob("*"))}
     sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in sorted(found) if file.is_file()}
     (checkpoint / MARKER).write_text(json.dumps(sizes, indent=1))

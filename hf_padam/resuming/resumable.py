@@ -14,13 +14,21 @@ import sys
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_peft_available
 
@@ -42,7 +50,9 @@ logger = logging.getLogger(__name__)
 
 _SETTINGS = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
-    "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16", "fp16",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "bf16", "fp16",
+    "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices", "dataloader_drop_last",
+    "train_sampling_strategy",
 )  # fmt: skip
 _BATCH_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 
@@ -63,11 +73,13 @@ class ResumableTrainer(Trainer):
         self._stop_signal = StopSignal()
         self._staging: Path | None = None
         self._resumed: dict[str, Any] = {}  # what `_complete` had written into the checkpoint to go on from
+        self._home: Path | None = None  # the directory of that checkpoint
         self._place = self._begin(apart=True)
         self._batches = self._first_step = 0
         self._epoch_ended = False
         self._last_step: tuple[Any, Any] = None, None  # gradient norm and learning rate
-        self.add_callback(_Follow(self))
+        self._follow = _Follow(self)
+        self.add_callback(self._follow)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; see `transformers.Trainer.train`.
@@ -86,6 +98,7 @@ class ResumableTrainer(Trainer):
         with nullcontext() if self.args.save_strategy == SaveStrategy.NO else claimed(directory), self._stop_signal:
             checkpoint = resolve_checkpoint(resume_from_checkpoint, directory)
             self._resumed = _read_run_state(checkpoint)
+            self._home = checkpoint and checkpoint.parent
             self._place = self._begin(apart=not checkpoint or self._resumed.get("draws_apart", False))
             if checkpoint:
                 self._check_settings(str(checkpoint), self._resumed.get("settings", {}))
@@ -119,6 +132,7 @@ class ResumableTrainer(Trainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Return the epoch to go on in, and how many of its batches to skip."""
         epoch, batches = super()._init_training_state(*args, **kwargs)
+        self._find_best()
         self._first_step = self.state.global_step
         settings, saved = self._settings(), self._resumed.get("settings", {})
         same = all(settings[name] == saved.get(name) for name in _BATCH_SETTINGS)
@@ -128,6 +142,41 @@ class ResumableTrainer(Trainer):
             return self._resumed["epoch"] + 1, 0
         return self._resumed["epoch"], 0 if self.args.ignore_data_skip else self._resumed["batches"]
 
+    def _find_best(self) -> None:
+        """Look for the best checkpoint beside the one to go on from: the run's directory may have another name now."""
+        best = self._home and self._home / f"checkpoint-{self.state.best_global_step}"
+        known = self.state.best_model_checkpoint
+        if best and best.is_dir() and (known is None or best.resolve() != Path(known).resolve()):
+            logger.warning("The best checkpoint so far is %s.", best)
+            self.state.best_model_checkpoint = str(best)
+
+    def _load_callback_state(self) -> None:
+        """Let callbacks that count, evaluations without progress for example, go on where they were.
+
+        Their arguments are the new ones. `restore_callback_states_from_checkpoint` makes new callbacks with the old
+        ones. One that the checkpoint does not know begins anew: Transformers could not save its state.
+        """
+        super()._load_callback_state()
+        kept: Any = self.state.stateful_callbacks  # by name, as they are loaded
+        named: dict[str, list[Any]] = {}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                named.setdefault(type(callback).__name__, []).append(callback)
+        for name, callbacks in named.items():
+            saved = kept.get(name, [])
+            newest = (
+                saved[-len(callbacks) :] if isinstance(saved, list) else [saved]
+            )  # of several, each save adds some
+            if not self.args.restore_callback_states_from_checkpoint:
+                for callback, state in zip(callbacks, newest, strict=False):
+                    vars(callback).update(state.get("attributes", {}))
+            kept[name] = newest if len(callbacks) > 1 else {}
+
+    def _has_stopped_early(self) -> bool:
+        """Whether the run had no more progress to wait for when the checkpoint was saved."""
+        found = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        return any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in found)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch, or what is left of it: nothing after the last step but its end."""
         checkpoint, epoch = kwargs["resume_from_checkpoint"], kwargs["epoch"]
@@ -135,7 +184,7 @@ class ResumableTrainer(Trainer):
         begun = checkpoint is not None and epoch == kwargs["epochs_trained"]
         self._batches = kwargs["steps_trained_in_current_epoch"] if begun else 0
         self._epoch_ended = False
-        over = self.state.global_step >= self.state.max_steps
+        over = self.state.global_step >= self.state.max_steps or (begun and self._has_stopped_early())
         if begun and not are_settled(kwargs["train_dataloader"]):
             logger.warning(
                 "The data loader is one of the trainer's own making (%s): this run goes on exactly only if the data "
@@ -199,6 +248,10 @@ class ResumableTrainer(Trainer):
             rotate_checkpoints(checkpoint, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(checkpoint))
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """Return whether `save_strategy="best"` saves now: also after a SIGTERM, be it the best or not."""
+        return super()._determine_best_metric(*args, **kwargs) or self._follow.stopping
 
     def _complete(self, staging: Path, checkpoint: Path) -> None:
         """Add what a Trainer forgets: the losses since the last log, of every process, and the settings."""
@@ -274,6 +327,8 @@ class ResumableTrainer(Trainer):
         """Return what shapes a run's weights and is not in its optimizer's state."""
         settings = {name: getattr(self.args, name) for name in _SETTINGS if hasattr(self.args, name)}
         settings |= {"processes": self.args.world_size, "optim": OptimizerNames(self.args.optim).value}
+        if has_length(self.train_dataset):
+            settings["training_rows"] = len(cast(Any, self.train_dataset))
         return json.loads(json.dumps(settings, default=str))
 
 

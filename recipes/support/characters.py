@@ -73,7 +73,7 @@ def load_text(args: TextArguments) -> tuple[str, str]:
         rows = [row.removeprefix(BYTE_ORDER_MARK) for row in rows]
         text = "".join(row if row.endswith("\n") else row + "\n" for row in rows)
     cut = len(text) - round(len(text) * args.validation_split_percentage / 100)
-    if not text[:cut] or not text[cut:]:
+    if not text[:cut] or len(text[cut:]) < 2:  # of one alone, none is predicted
         raise UsageError(f"the text has {len(text)} characters, too few to train and to validate on")
     return text[:cut], text[cut:]
 

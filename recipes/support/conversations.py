@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -45,8 +45,36 @@ def load_conversations(
             column = text_column(raw, args.text_column)
             raw = {split: _answers(rows[column], split) for split, rows in raw.items()}
         splits = with_all_splits(raw, args)
+    for split, rows in splits.items():
+        for number, row in enumerate(rows):
+            if (what := _defect(row)) is not None:
+                raise UsageError(f"the conversation in row {number + 1} of {split} cannot be used: {what}")
     limits = {split: args.max_train_samples if split == "train" else args.max_eval_samples for split in SPLITS}
     return {split: rows.select(range(min(limits[split] or len(rows), len(rows)))) for split, rows in splits.items()}
+
+
+def _defect(row: Mapping[str, Any]) -> str | None:
+    """Say what TRL could not use of a row, and would not say so; None if nothing."""
+    if "messages" in row:
+        return _no_messages("messages", row["messages"])
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return None
+    return _no_messages("prompt", prompt) or _no_messages("completion", completion)
+
+
+def _no_messages(name: str, messages: Any) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        text = " (or both prompt and completion text)" * (name != "messages")
+        return f"{name} is {messages!r}, which must be a list of messages{text}"
+    for message in messages:
+        known = message if isinstance(message, dict) else {}
+        content = known.get("content")
+        if not isinstance(known.get("role"), str) or not (
+            isinstance(content, str | list) or known.get("tool_calls")  # which may stand for it
+        ):
+            return f"a message is {message!r}, which must have a role and a content, both text"
+    return None
 
 
 def _answers(texts: Iterable[str], split: str) -> Dataset:

@@ -110,7 +110,15 @@ def load_model_and_tokenizer(
         if "gguf_file" in options:
             model = _load_gguf(name, torch.float32 if args.dtype == "auto" else dtype, options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, **options
+            )
+            if loaded["missing_keys"]:  # which Transformers makes at random, with a warning: a head, mostly
+                missing = ", ".join(sorted(loaded["missing_keys"])[:3])
+                raise UsageError(
+                    f"{option} {args.model_name_or_path} is not a whole causal language model: a "
+                    f"{type(model).__name__} needs weights that it has not ({missing})"
+                )
     except UsageError:
         raise
     except ImportError as error:

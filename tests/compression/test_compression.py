@@ -133,12 +133,13 @@ def header(entries: object, data: bytes = b"") -> bytes:
         header({"a": {"dtype": "U8", "shape": [10**4000], "data_offsets": [0, 10**4000]}}),
         header({"\ud800": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, bytes(1)),
         header({"__metadata__": {"format": "\ud800"}}),
+        header({"a": {"dtype": "F4", "shape": [0, 4], "data_offsets": [0, 8]}}, bytes(8)),
         header({"a": 3}),
         header(b"[" * 100_000),
         header(b"[]"),
         b"",
     ],
-    ids=range(19),
+    ids=range(20),
 )
 def test_a_header_that_cannot_be_right_is_one_clear_error(content, tmp_path):
     (tmp_path / "config.json").write_text("{}")

@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import os
 import sys
 
 import numpy as np
@@ -141,6 +143,28 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "has run").exists()
 
 
+def test_what_a_config_names_is_called_if_it_is_a_model_and_not_otherwise(tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "model"
+    tiny_llama().save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"architectures": ["Trainer"]}))
+    monkeypatch.chdir(tmp_path)
+    main(["sparsity", str(directory)])
+    assert "decays by default in LlamaForCausalLM" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("shape", [[16], [32, 1], [2, 8]])
+def test_weights_of_which_several_share_a_byte_are_refused_by_their_dtype(shape, tmp_path):
+    size = math.prod(shape) // 2
+    header = json.dumps({"a": {"dtype": "F4", "shape": shape, "data_offsets": [0, size]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    (tmp_path / "config.json").write_text("{}")
+    for arguments in ["sparsity", str(tmp_path)], ["compress", str(tmp_path), str(tmp_path / "out")]:
+        with pytest.raises(SystemExit, match="tensor a has the dtype F4"):
+            main(arguments)
+
+
 def llava():
     text = dict(model_type="llama", **TINY, tie_word_embeddings=False)
     vision = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -271,3 +295,14 @@ def test_wrong_arguments_are_one_clear_line(arguments, message, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
         main(["sparsity", *arguments])
+
+
+@pytest.mark.parametrize("command", ["sparsity", "verify"])
+@pytest.mark.parametrize("full", [True, False], ids=["a full disk", "a closed pipe"])
+def test_output_that_nobody_takes_is_one_clear_line(command, full, model_dir, monkeypatch):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with open("/dev/full" if full else theirs, "w") as output:  # and nothing is left to fail as it is closed
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit):
+            main([command, str(model_dir)])

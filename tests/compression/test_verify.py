@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import character_tokenizer, tiny_llama
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hf_padam import compress
 from hf_padam.__main__ import main
+from hf_padam.compression.packing import CompressionError
 from hf_padam.compression.verify import verify
 
 INDEX = "model.safetensors.index.json"
@@ -138,6 +139,23 @@ def test_an_index_that_does_not_say_what_the_files_hold_is_a_problem(change, sha
     (sharded / INDEX).write_text(json.dumps(index))
     found = problems(sharded, capsys)
     assert any(INDEX in problem and ("more" if change == "a name more" else name) in problem for problem in found)
+
+
+@pytest.mark.parametrize("change", ["twice", "missing"])
+def test_shards_that_overlap_or_lack_something_are_neither_intact_nor_compressed(change, originals, tmp_path, capsys):
+    directory = shutil.copytree(originals / "sharded", tmp_path / "model")
+    first, second, *_ = weights(directory)
+    tensors, others = load_file(first), load_file(second)
+    name = next(iter(tensors))
+    if change == "twice":
+        save_file(others | {name: tensors[name]}, second)
+    else:
+        del tensors[name]
+        save_file(tensors, first)
+    assert name in problems(directory, capsys)[0]
+    with pytest.raises(CompressionError, match=name):
+        compress(directory, tmp_path / "compressed")
+    assert not (tmp_path / "compressed").exists()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])

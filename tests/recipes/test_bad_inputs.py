@@ -13,8 +13,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, character_tokenizer
+from conftest import REPOSITORY, character_tokenizer, tiny_llama
 from support import wheels
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
 
 SCRIPT = str(REPOSITORY / "recipes" / "finetune_clm.py")
 
@@ -97,6 +98,20 @@ def test_a_bad_option_is_one_clear_message(complain, changes, message):
     assert re.search(message, error, flags=re.DOTALL), error
 
 
+@pytest.mark.parametrize("recipe", ["finetune_clm", "finetune_clm_no_trainer"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("per_device_train_batch_size", 0), ("per_device_eval_batch_size", -1), ("gradient_accumulation_steps", 0),
+     ("seed", -1), ("seed", 2**32), ("max_grad_norm", -1), ("max_grad_norm", "nan"), ("num_train_epochs", 0),
+     ("num_train_epochs", "nan"), ("num_train_epochs", "inf")],
+)  # fmt: skip
+def test_an_impossible_number_is_one_clear_message(complain, recipe, name, value):
+    loop = {"use_cpu": None} if recipe.endswith("no_trainer") else {}
+    steps = {"max_steps": None} if name == "num_train_epochs" else {}
+    script = SCRIPT.replace("finetune_clm", recipe)
+    assert f"error: --{name} {value}" in complain(script=script, **loop, **steps, **{name: value}).replace(".0 ", " ")
+
+
 def test_bad_files(complain, tmp_path):
     empty, short, binary = tmp_path / "empty.txt", tmp_path / "short.txt", tmp_path / "text.bin"
     empty.touch()
@@ -148,6 +163,24 @@ def test_bad_models(complain, tmp_path, model_dir):
     tokenizer.add_tokens([f"<extra {i}>" for i in range(50)])
     tokenizer.save_pretrained(other)
     assert "they do not belong together" in complain(tokenizer_name=other)
+
+
+@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
+def test_a_model_without_a_head_that_predicts_tokens(complain, tmp_path, kind):
+    config = LlamaConfig(**tiny_llama().config.to_dict() | {"tie_word_embeddings": False})
+    kind(config).save_pretrained(tmp_path / "other")
+    character_tokenizer().save_pretrained(tmp_path / "other")
+    said = complain(model_name_or_path=tmp_path / "other")
+    assert "not a whole causal language model" in said and "lm_head.weight" in said
+    assert "--distill_from" in complain(distill_from=tmp_path / "other")
+
+
+def test_a_text_of_which_nothing_is_left_to_validate_on(complain, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("A short line.\n" * 40)
+    options = {"model_name_or_path": None, "train_file": text, "block_size": 8, "n_layer": 1, "n_embd": 12}
+    script = SCRIPT.replace("finetune_clm", "pretrain_char")
+    assert "too few" in complain(validation_split_percentage=0.2, script=script, **options)
 
 
 def test_bad_configs(complain, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import runpy
 import sys
 
@@ -102,6 +103,54 @@ def test_trls_trainer_reaches_the_target_on_any_conversations(run, tmp_path, cha
 )
 def test_what_trls_trainer_cannot_use_is_said(complain, changes, message):
     assert message in complain(script=SFT, block_size=None, bf16=False, **changes)
+
+
+USER, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "Who?"}, "messages is 'Who[?]', which must be a list of messages"),
+        ({"messages": None}, "messages is None"),
+        ({"messages": []}, r"messages is \[\]"),
+        (
+            {"messages": [USER, {"role": "assistant"}]},
+            "a message is {.*role.*assistant.*}, which must have a role and",
+        ),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "a message is"),
+        ({"messages": [USER, {"role": "assistant", "content": 3}]}, "(a message is|could not be read)"),
+        ({"messages": [{"from": "user", "value": "Who?"}]}, "(a message is|could not be read)"),
+        ({"prompt": 1, "completion": 2}, "prompt is 1, which must be a list of messages .or both prompt and"),
+        ({"prompt": "Who?", "completion": None}, "prompt is 'Who[?]'|completion is None"),
+        ({"prompt": "Who?", "completion": [ANSWER]}, "prompt is 'Who[?]'"),
+    ],
+    ids=str,
+)
+def test_rows_that_are_no_conversations_are_named(complain, chat_dir, tmp_path, row, message):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(f"{json.dumps(row)}\n" * 40)
+    options = {"model_name_or_path": chat_dir, "train_file": data, "block_size": None, "bf16": False}
+    said = complain(script=SFT, **options)
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_length": 1}, "--max_length 1 is too small"),
+        ({"max_length": 0}, "--max_length 0 is too small"),
+        ({"max_length": 3}, "--max_length 3 leaves nothing of the answers in the train conversations"),
+        ({"chat_template_path": "no_such.jinja"}, "error: TRL cannot prepare the conversations: OSError"),
+    ],
+    ids=str,
+)
+def test_what_leaves_nothing_to_train_on_is_said(complain, chat_dir, tmp_path, change, message):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": [USER], "completion": [ANSWER]}) + "\n")
+    data.write_text(data.read_text() * 40)
+    options = {"model_name_or_path": chat_dir, "train_file": data, "block_size": None, "bf16": False}
+    assert message in complain(script=SFT, **options | change)
 
 
 def test_a_text_of_one_passage_has_no_answers(complain, chat_dir, tmp_path):

@@ -7,13 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from conftest import REPOSITORY, blocks, options, tiny_llama
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
 from hf_padam.resuming.checkpoints import (
@@ -153,6 +155,68 @@ def test_the_best_checkpoint_is_known_by_its_final_name_and_kept(tmp_path):
     assert saved["best_model_checkpoint"] == best
 
 
+class Kill(TrainerCallback):
+    """End a run as soon as the checkpoint of a step is saved."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def evaluated(directory, callbacks=(), resume=None, **more):
+    """Train with an evaluation and a checkpoint of every step, of which the first is the best."""
+    settings = options(directory, max_steps=8, save_strategy="steps", save_steps=1, eval_strategy="steps",
+                       eval_steps=1, load_best_model_at_end=True, metric_for_best_model="sparsity",
+                       greater_is_better=False) | more  # fmt: skip
+    trainer = PAdamTrainer(
+        model=tiny_llama(), args=PAdamTrainingArguments(**settings), train_dataset=blocks(), eval_dataset=blocks(4),
+        callbacks=list(callbacks),
+    )  # fmt: skip
+    with suppress(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("change", ["renamed", "copied", "another working directory"])
+def test_the_best_checkpoint_is_kept_and_loaded_wherever_the_run_is_now(change, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluated(Path("run"), [Kill(4)], save_total_limit=2)
+    now = tmp_path / ("run" if change == "another working directory" else "now")
+    if change == "renamed":
+        os.rename("run", now)
+    elif change == "copied":
+        shutil.copytree("run", now)
+        (tmp_path / "run" / "checkpoint-1" / "model.safetensors").unlink()  # that directory is another run's by now
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    trainer = evaluated(now, resume=True, save_total_limit=2)
+    assert sorted(os.listdir(now)) == ["checkpoint-1", "checkpoint-8"]
+    assert trainer.state.best_model_checkpoint == str(now / "checkpoint-1")
+    best = load_file(now / "checkpoint-1" / "model.safetensors")
+    assert all((trainer.model.state_dict()[name] == best[name]).all() for name in best)
+
+
+@pytest.mark.parametrize("step", [3, 4])  # the last one before it stops, and that in which it does
+def test_early_stopping_waits_no_longer_in_a_resumed_run(step, tmp_path):
+    def patient():
+        return [EarlyStoppingCallback(9), EarlyStoppingCallback(3)]
+
+    evaluated(tmp_path, [*patient(), Kill(step)])
+    trainer = evaluated(tmp_path, patient(), resume=True)
+    assert trainer.state.global_step == 4
+    assert [callback.early_stopping_patience_counter for callback in trainer.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)] == [3, 3]  # fmt: skip
+
+
+def test_a_callback_that_the_checkpoint_does_not_know_begins_anew(tmp_path):
+    evaluated(tmp_path, [Kill(2)])
+    assert evaluated(tmp_path, [EarlyStoppingCallback(3)], resume=True).state.global_step == 5
+
+
 def checkpoint_at(directory, step, seconds):
     path = directory / f"checkpoint-{step}"
     path.mkdir(parents=True)
@@ -256,6 +320,23 @@ def test_a_checkpoint_of_ours_that_has_lost_something_since_is_passed_over(name,
     saved(tmp_path)
     harm(tmp_path / "checkpoint-4" / name)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+
+
+@pytest.mark.parametrize(
+    ("state_file", "name"),
+    [("trainer_state.json", "run_state.json"), ("custom_checkpoint_0.pkl", "sampler.bin"),
+     ("custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"), ("custom_checkpoint_0.pkl", "scaler.pt")],
+)  # fmt: skip
+def test_what_a_run_has_written_besides_is_missed_too(state_file, name, tmp_path):
+    for step in (1, 2):
+        with staged_checkpoint(tmp_path / f"checkpoint-{step}") as staging:
+            checkpoint_at(staging.parent, step, 100)
+            (staging / name).write_text("{}")
+            torch.save({}, staging / "custom_checkpoint_0.pkl")
+    assert newest_checkpoint(tmp_path, state_file) == tmp_path / "checkpoint-2"
+    (tmp_path / "checkpoint-2" / name).unlink()
+    assert newest_checkpoint(tmp_path, state_file) == tmp_path / "checkpoint-1"
+    assert find_defect(tmp_path / "checkpoint-2", state_file) == f"{name} is missing"
 
 
 @pytest.mark.parametrize("harm", [halve, empty, overwrite])

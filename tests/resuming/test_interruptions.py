@@ -120,6 +120,18 @@ def test_sigterm_in_the_last_evaluation_saves_too(tmp_path, warnings_said):
     assert resumed.state.global_step == 8 and torch.equal(weights(resumed.model), weights(stopped.model))
 
 
+@pytest.mark.parametrize("strategy", ["best", "steps", "no"])
+def test_sigterm_saves_whatever_the_strategy_and_the_evaluation_say(strategy, tmp_path):
+    best = {"metric_for_best_model": "sparsity", "greater_is_better": False}  # the first, and none that follows
+    trainer = trainer_for(
+        tmp_path, save_strategy=strategy, save_steps=100, eval_strategy="steps", eval_steps=1, **best
+    )
+    trainer.add_callback(At(2, lambda _: signal.raise_signal(signal.SIGTERM)))
+    with pytest.raises(SystemExit) as stop:
+        trainer.train()
+    assert stop.value.code == 143 and (tmp_path / "checkpoint-3").is_dir()
+
+
 def test_a_handler_of_the_users_own_is_left_alone(tmp_path):
     seen = []
     previous = signal.signal(signal.SIGTERM, lambda *_: seen.append("SIGTERM"))
@@ -192,6 +204,23 @@ def test_a_checkpoint_of_other_settings_is_used_with_a_warning_that_lists_them(t
         assert line in message
     assert message.count(" -> ") == 5  # the heading's included
     assert changed.optimizer.param_groups[0]["lambda_p"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [({"label_smoothing_factor": 0.1}, "label_smoothing_factor: 0.0 -> 0.1"),
+     ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: None -> 5.0"),
+     ({"dataloader_drop_last": True}, "dataloader_drop_last: False -> True"),
+     ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy: random -> sequential"),
+     ({"rows": 24}, "training_rows: 32 -> 24")],
+)  # fmt: skip
+def test_what_else_changes_the_training_is_listed_too(change, line, tmp_path, caplog):
+    trainer_for(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
+    changed = trainer_for(tmp_path, max_steps=4, **{k: v for k, v in change.items() if k != "rows"})
+    changed.train_dataset = changed.train_dataset[: change.get("rows")]
+    changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    (message,) = [r.getMessage() for r in caplog.records if "other settings" in r.getMessage()]
+    assert f"{line} (the new value is used)" in message and message.count(" -> ") == 2
 
 
 @pytest.mark.parametrize("recipe", [pytest.param(RECIPES[0], marks=pytest.mark.slow), *RECIPES[1:]])
