@@ -247,10 +247,8 @@ def staged_new_directory(directory: str | Path, replace: bool = False, last: str
                     os.rename(replaced, directory)
                 raise
             flush(directory.parent)
-            if replaced.exists():
-                os.rename(
-                    replaced, temporary
-                )  # deleted in a moment: a kill then must not leave half of it to come back
+            if replaced.exists():  # deleted in a moment: a kill then must not leave half of it to come back
+                os.rename(replaced, temporary)
 
 
 def is_free(directory: Path) -> bool:

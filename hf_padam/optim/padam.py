@@ -340,10 +340,8 @@ class PAdam(Optimizer):
                         state[name] = value.to(device=param.device, copy=True)
                     if name in MOMENTS:
                         state[name] = self._adopt(param, name, state[name])
-                elif name == "step":
-                    state[name] = (
-                        torch.as_tensor(value).float().cpu().clone()
-                    )  # on a GPU, reading it would wait for the GPU
+                elif name == "step":  # on a GPU, reading it would wait for the GPU
+                    state[name] = torch.as_tensor(value).float().cpu().clone()
 
     def _adopt(self, param: Tensor, name: str, value: Tensor) -> Tensor:
         """Return a loaded moment as this optimizer stores it."""

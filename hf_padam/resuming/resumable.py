@@ -164,9 +164,7 @@ class ResumableTrainer(Trainer):
                 named.setdefault(type(callback).__name__, []).append(callback)
         for name, callbacks in named.items():
             saved = kept.get(name, [])
-            newest = (
-                saved[-len(callbacks) :] if isinstance(saved, list) else [saved]
-            )  # of several, each save adds some
+            newest = saved[-len(callbacks) :] if isinstance(saved, list) else [saved]  # each save adds some to a list
             if not self.args.restore_callback_states_from_checkpoint:
                 for callback, state in zip(callbacks, newest, strict=False):
                     vars(callback).update(state.get("attributes", {}))
