@@ -232,7 +232,9 @@ class TargetSparsity:
             own = list(itertools.islice(counts, len(_params(pool))))
             sizes.append(sum(count.elements for count in own))
             zeros += sum(count.zeros for count in own)
-            arrives = pool[0]["target_arrives"] or self._target(pool[0])
+            arrives = self._target(pool[0])  # which may be another than that of an earlier ramp
+            if self._blocks(pool[0]):
+                arrives = pool[0]["target_arrives"] or arrives
             planned.append(self.planned(pool[0]["target_step"], max(0.0, pool[0]["target_initial"]), arrives))
         values: dict[str, float] = {}
         if all(math.isfinite(group["p_norm"]) for group in groups):
@@ -389,7 +391,7 @@ class TargetSparsity:
             _, threshold = zero_in_blocks_(measured, pool, 1.0)
         else:
             unknown = histogram(measured).infinite  # without a gradient so far: of these the same share is to go
-            missing = max(0, math.ceil(target * elements) - before)
+            missing = max(0, math.ceil(round(target * elements, 6)) - before)  # 0.55 * 100 is above 55
             at_random = min(missing, round(target * unknown))
             threshold = zero_smallest_(measured, min(missing - at_random, elements - before - int(unknown)))
             zero_smallest_(measured, missing - (_zeros(pool)[0] - before), infinite=True)

@@ -391,6 +391,30 @@ def test_a_loaded_state_without_a_target_does_not_end_the_steering_unnoticed():
     assert all(map(torch.equal, before, weights_of(model)))
 
 
+@pytest.mark.parametrize("target, elements, zeros", [(0.55, 100, 55), (0.07, 300, 21), (0.29, 100, 29), (0.5, 15, 8)])
+def test_not_one_weight_too_many_dies(target, elements, zeros):
+    weight = nn.Parameter(torch.randn(elements // 5, 5))
+    optimizer = PAdam([{"params": [weight], "target_sparsity": target}], lr=1e-3, p_norm=-math.inf)
+    TargetSparsity(optimizer, total_steps=20)
+    for _ in range(20):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    assert int((weight == 0).sum()) == zeros
+
+
+def test_another_target_after_the_first_is_planned_and_met():
+    model, x, y = problem()
+    optimizer = PAdam([{"params": weights_of(model), "target_sparsity": 0.5}], lr=3e-3, p_norm=0.5)
+    TargetSparsity(optimizer, total_steps=30)
+    train(model, optimizer, schedule("constant", optimizer, 60), x, y, range(30))
+    optimizer.param_groups[0]["target_sparsity"] = 0.7
+    steering = TargetSparsity(optimizer, total_steps=60)
+    assert not steering.met
+    train(model, optimizer, schedule("constant", optimizer, 60), x, y, range(30, 60))
+    assert steering.met and steering.state()["planned_sparsity"] == 0.7
+    assert share(weights_of(model)) == pytest.approx(0.7, abs=0.001)
+
+
 def test_a_target_below_what_is_there_is_refused():
     optimizer = PAdam([nn.Parameter(torch.tensor([0.0, 0.0, 0.0, 1.0]))], p_norm=0.5)
     with pytest.raises(ValueError, match="zeros do not come back"):
