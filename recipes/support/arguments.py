@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -155,9 +156,31 @@ def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]
         name = unknown[0].split("=")[0]
         raise UsageError(f"unknown option {name}{suggest(name.lstrip('-'), known, '--')}. --help lists the options")
     try:
-        return parser.parse_args_into_dataclasses(args=argv)
+        parsed = parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(str(error)) from error
+    for arguments in parsed:
+        _check_numbers(arguments)
+    return parsed
+
+
+def _check_numbers(arguments: Any) -> None:
+    """Check what Transformers takes as it is: it fails on it later, or trains to no purpose.
+
+    Raises:
+        UsageError: If a number that `arguments` has is impossible.
+    """
+    given = {name: value for name, value in vars(arguments).items() if isinstance(value, int | float)}
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if given.get(name, 1) < 1:
+            raise UsageError(f"--{name} {given[name]} is too small: it must be at least 1")
+    for name in ("seed", "data_seed"):
+        if not 0 <= given.get(name, 0) < 2**32:
+            raise UsageError(f"--{name} {given[name]} is not in 0 to {2**32 - 1}")
+    if not 0 <= given.get("max_grad_norm", 0) <= math.inf:
+        raise UsageError(f"--max_grad_norm {given['max_grad_norm']} is not allowed: it must be at least 0")
+    if given.get("max_steps", 1) <= 0 and not 0 < given.get("num_train_epochs", 1) < math.inf:
+        raise UsageError(f"--num_train_epochs {given['num_train_epochs']} is not allowed: it must be above 0")
 
 
 def _connect_cpu_processes() -> None:

@@ -98,6 +98,20 @@ def test_a_bad_option_is_one_clear_message(complain, changes, message):
     assert re.search(message, error, flags=re.DOTALL), error
 
 
+@pytest.mark.parametrize("recipe", ["finetune_clm", "finetune_clm_no_trainer"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("per_device_train_batch_size", 0), ("per_device_eval_batch_size", -1), ("gradient_accumulation_steps", 0),
+     ("seed", -1), ("seed", 2**32), ("max_grad_norm", -1), ("max_grad_norm", "nan"), ("num_train_epochs", 0),
+     ("num_train_epochs", "nan"), ("num_train_epochs", "inf")],
+)  # fmt: skip
+def test_an_impossible_number_is_one_clear_message(complain, recipe, name, value):
+    loop = {"use_cpu": None} if recipe.endswith("no_trainer") else {}
+    steps = {"max_steps": None} if name == "num_train_epochs" else {}
+    script = SCRIPT.replace("finetune_clm", recipe)
+    assert f"error: --{name} {value}" in complain(script=script, **loop, **steps, **{name: value}).replace(".0 ", " ")
+
+
 def test_bad_files(complain, tmp_path):
     empty, short, binary = tmp_path / "empty.txt", tmp_path / "short.txt", tmp_path / "text.bin"
     empty.touch()
