@@ -160,7 +160,8 @@ def main() -> None:
     before = Magnitudes.of(plain, decayed)
 
     # 3. Where an interrupted run goes on. The model that training starts from is evaluated once.
-    progress = Progress(accelerator, args, distillation)
+    rows = None if data_args.streaming else len(splits["train"])
+    progress = Progress(accelerator, args, distillation, rows)
     progress.resume(resume, output_dir, optimizer)
     if progress.test_before is None:
         progress.test_before = perplexity("test")

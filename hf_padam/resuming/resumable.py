@@ -14,7 +14,7 @@ import sys
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_peft_available
 
@@ -50,7 +50,9 @@ logger = logging.getLogger(__name__)
 
 _SETTINGS = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
-    "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16", "fp16",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "bf16", "fp16",
+    "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices", "dataloader_drop_last",
+    "train_sampling_strategy",
 )  # fmt: skip
 _BATCH_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 
@@ -320,6 +322,8 @@ class ResumableTrainer(Trainer):
         """Return what shapes a run's weights and is not in its optimizer's state."""
         settings = {name: getattr(self.args, name) for name in _SETTINGS if hasattr(self.args, name)}
         settings |= {"processes": self.args.world_size, "optim": OptimizerNames(self.args.optim).value}
+        if has_length(self.train_dataset):
+            settings["training_rows"] = len(cast(Any, self.train_dataset))
         return json.loads(json.dumps(settings, default=str))
 
 

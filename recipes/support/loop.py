@@ -103,13 +103,24 @@ def make_distillation(
 
 
 class Progress:
-    """How far a run has come; accelerate saves and loads it beside model, optimizer, schedule and random state."""
+    """How far a run has come; accelerate saves and loads it beside model, optimizer, schedule and random state.
+
+    Args:
+        accelerator: Of the run.
+        args: Its options.
+        distillation: What it distils with, if anything.
+        rows: How many there are to train on, where that is known.
+    """
 
     def __init__(
-        self, accelerator: Accelerator, args: LoopArguments, distillation: Distillation | None = None
+        self,
+        accelerator: Accelerator,
+        args: LoopArguments,
+        distillation: Distillation | None = None,
+        rows: int | None = None,
     ) -> None:
         self._accelerator = accelerator
-        self._settings = asdict(args) | {"processes": accelerator.num_processes}
+        self._settings = asdict(args) | {"processes": accelerator.num_processes, "training_rows": rows}
         self._settings["teacher"] = distillation and distillation.teacher.fingerprint
         self.step = self.epoch = self.batches = 0  # batches of this epoch
         self.seconds = 0.0

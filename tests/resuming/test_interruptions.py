@@ -194,6 +194,23 @@ def test_a_checkpoint_of_other_settings_is_used_with_a_warning_that_lists_them(t
     assert changed.optimizer.param_groups[0]["lambda_p"] == 0.3
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [({"label_smoothing_factor": 0.1}, "label_smoothing_factor: 0.0 -> 0.1"),
+     ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: None -> 5.0"),
+     ({"dataloader_drop_last": True}, "dataloader_drop_last: False -> True"),
+     ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy: random -> sequential"),
+     ({"rows": 24}, "training_rows: 32 -> 24")],
+)  # fmt: skip
+def test_what_else_changes_the_training_is_listed_too(change, line, tmp_path, caplog):
+    trainer_for(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
+    changed = trainer_for(tmp_path, max_steps=4, **{k: v for k, v in change.items() if k != "rows"})
+    changed.train_dataset = changed.train_dataset[: change.get("rows")]
+    changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    (message,) = [r.getMessage() for r in caplog.records if "other settings" in r.getMessage()]
+    assert f"{line} (the new value is used)" in message and message.count(" -> ") == 2
+
+
 @pytest.mark.parametrize("recipe", [pytest.param(RECIPES[0], marks=pytest.mark.slow), *RECIPES[1:]])
 def test_the_recipes_report_bad_gradients_and_other_settings(tmp_path, model_dir, text_file, recipe):
     settings = {"model_name_or_path": model_dir, "train_file": text_file, "max_steps": 4, "save_strategy": "steps"}
