@@ -78,7 +78,8 @@ class ResumableTrainer(Trainer):
         self._batches = self._first_step = 0
         self._epoch_ended = False
         self._last_step: tuple[Any, Any] = None, None  # gradient norm and learning rate
-        self.add_callback(_Follow(self))
+        self._follow = _Follow(self)
+        self.add_callback(self._follow)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; see `transformers.Trainer.train`.
@@ -247,6 +248,10 @@ class ResumableTrainer(Trainer):
             rotate_checkpoints(checkpoint, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(checkpoint))
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """Return whether `save_strategy="best"` saves now: also after a SIGTERM, be it the best or not."""
+        return super()._determine_best_metric(*args, **kwargs) or self._follow.stopping
 
     def _complete(self, staging: Path, checkpoint: Path) -> None:
         """Add what a Trainer forgets: the losses since the last log, of every process, and the settings."""

@@ -120,6 +120,18 @@ def test_sigterm_in_the_last_evaluation_saves_too(tmp_path, warnings_said):
     assert resumed.state.global_step == 8 and torch.equal(weights(resumed.model), weights(stopped.model))
 
 
+@pytest.mark.parametrize("strategy", ["best", "steps", "no"])
+def test_sigterm_saves_whatever_the_strategy_and_the_evaluation_say(strategy, tmp_path):
+    best = {"metric_for_best_model": "sparsity", "greater_is_better": False}  # the first, and none that follows
+    trainer = trainer_for(
+        tmp_path, save_strategy=strategy, save_steps=100, eval_strategy="steps", eval_steps=1, **best
+    )
+    trainer.add_callback(At(2, lambda _: signal.raise_signal(signal.SIGTERM)))
+    with pytest.raises(SystemExit) as stop:
+        trainer.train()
+    assert stop.value.code == 143 and (tmp_path / "checkpoint-3").is_dir()
+
+
 def test_a_handler_of_the_users_own_is_left_alone(tmp_path):
     seen = []
     previous = signal.signal(signal.SIGTERM, lambda *_: seen.append("SIGTERM"))
