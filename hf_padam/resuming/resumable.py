@@ -72,6 +72,7 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._stop_signal = StopSignal()
         self._staging: Path | None = None
+        self._saved: Path | None = None
         self._resumed: dict[str, Any] = {}  # what `_complete` had written into the checkpoint to go on from
         self._home: Path | None = None  # the directory of that checkpoint
         self._place = self._begin(apart=True)
@@ -202,9 +203,16 @@ class ResumableTrainer(Trainer):
         self.control.should_training_stop |= over
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        """Remember what the end of the epoch logs, if a checkpoint is saved before that."""
+        """Remember what the end of the epoch logs, if a checkpoint is saved before that.
+
+        Callbacks are told of a checkpoint once its random state is saved: what they draw then (samples of text, for
+        example) is not to change what follows, for a resumed run does not draw it.
+        """
         self._last_step = grad_norm, kwargs.get("learning_rate")
+        self._saved = None
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        if self._saved is not None and not self.args.save_only_model:
+            self._load_rng_state(str(self._saved))
 
     # What has been logged: the losses since then, and of all steps, go on too.
 
@@ -244,6 +252,7 @@ class ResumableTrainer(Trainer):
                 self._staging = None
         if self.args.should_save:
             rotate_checkpoints(checkpoint, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self._saved = checkpoint
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(checkpoint))
 

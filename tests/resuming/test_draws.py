@@ -14,7 +14,7 @@ from conftest import blocks, character_tokenizer, tiny_llama
 from datasets import Dataset
 from test_trainer import options
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
-from transformers import DataCollatorForLanguageModeling, default_data_collator
+from transformers import DataCollatorForLanguageModeling, TrainerCallback, default_data_collator
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
 
@@ -253,6 +253,28 @@ def test_what_the_end_of_an_epoch_logs_is_not_lost_by_a_checkpoint_of_its_last_s
     spec = KINDS["python"]()
     weights, log = run(tmp_path / "whole", spec, save_steps=1, **more)
     again, its_log = resumed(tmp_path, spec, step, **more)
+    assert torch.equal(again, weights) and its_log == log
+
+
+class Samples(TrainerCallback):
+    """Draws on an event, as generating text with the model does."""
+
+    def draw(self, *args, **kwargs):
+        random.random(), np.random.random(), torch.rand(1)
+
+    on_evaluate = on_save = on_epoch_end = draw
+
+
+class Sampling(PAdamTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, callbacks=[Samples()])
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_what_callbacks_draw_once_a_checkpoint_is_saved_changes_nothing_that_follows(step, tmp_path):
+    spec = KINDS["python"]() | {"kind": Sampling, "eval_strategy": "steps", "eval_steps": 2}
+    weights, log = run(tmp_path / "whole", spec)
+    again, its_log = resumed(tmp_path, spec, step)
     assert torch.equal(again, weights) and its_log == log
 
 
