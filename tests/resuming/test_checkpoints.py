@@ -350,6 +350,13 @@ def test_what_says_where_a_checkpoint_of_ours_is_may_be_damaged_too(harm, tmp_pa
         assert is_whole(tmp_path / f"checkpoint-{step}")
 
 
+@pytest.mark.parametrize("text", ["[[1, 2]]", '{"optimizer.pt": "large"}', '{"optimizer.pt": null}', "3"])
+def test_a_marker_of_another_shape_is_damage(text, tmp_path):
+    saved(tmp_path)
+    (tmp_path / "checkpoint-4" / "hf_padam_complete.json").write_text(text)
+    assert "hf_padam_complete.json cannot be read" in find_defect(tmp_path / "checkpoint-4")
+
+
 def test_checkpoints_of_the_model_only_are_rotated_and_not_gone_on_from(tmp_path):
     assert saved(tmp_path, save_only_model=True, save_total_limit=2) == ["checkpoint-3", "checkpoint-4"]
     assert newest_checkpoint(tmp_path) is None
