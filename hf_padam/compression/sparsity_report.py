@@ -125,9 +125,13 @@ class SparsityReport:
         return json.dumps(head | {"tensors": rows}, indent=1) + "\n"
 
     def table(self) -> list[list[str]]:
-        """Return a heading, a row per decayed weight (per matrix where there are none), and one or two of totals."""
+        """Return a heading, a row per decayed weight (per matrix where there are none), and one or two of totals.
+
+        Layers are in the order of their numbers; in files they are often in that of letters: 1, 10, 11, 2.
+        """
         decayed = [row for row in self.rows if row.count.decayed]
         shown = decayed or [row for row in self.rows if len(row.shape) > 1]
+        shown = sorted(shown, key=lambda row: _by_number(row.count.name))
         table = [["weight", "shape", "zeros", f"below {self.near_zero or 0:g}", f"{self._pattern} blocks"]]
         totals = [("whole model", "", [row for row in self.rows if row.is_parameter])]
         if self.decayed_known:
@@ -187,6 +191,11 @@ class SparsityReport:
         figure.legend(loc="outside right upper", fontsize="small")
         with staged(path) as temporary:
             figure.savefig(temporary, dpi=130)
+
+
+def _by_number(name: str) -> list[Any]:
+    """Return what sorts names by the numbers in them, 2 before 10: texts and numbers in turn."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def _parts(info: TensorInfo, m: int) -> list[tuple[int, int]]:

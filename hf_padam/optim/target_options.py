@@ -38,11 +38,20 @@ def check_plan(target: float, start: float, end: float) -> None:
     Raises:
         ValueError: Naming the one that is out of range.
     """
+    check_target(target)
+    check_ramp(start, end)
+
+
+def check_target(target: float) -> None:
+    """Check what is asked for.
+
+    Raises:
+        ValueError: If it is no share of zeros.
+    """
     if not is_number(target) or not 0 < target < 1:
         raise ValueError(
             f"target_sparsity={target!r} is not allowed: it must be a share of zeros, above 0 and below 1"
         )
-    check_ramp(start, end)
 
 
 def check_ramp(start: float, end: float) -> None:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import check_target_module_exists
 from ..optim.hyperparameters import DEFAULT_LAMBDA_P
 from ..optim.patterns import INPUT_DIM, PATTERN, pattern_share
 from ..optim.schedules import FINAL
+from ..optim.target_options import check_target
 from .linear_maps import adapter_weights, embedding_weights, linear_matrices, tables
 from .options import read, with_defaults
 
@@ -165,9 +166,12 @@ def get_param_groups(
         dense_modules: See `decayed_parameters`.
 
     Raises:
-        ValueError: As `decayed_parameters` does, and if nothing is left to decay.
+        ValueError: As `decayed_parameters` does, and if nothing is left to decay, or a target is no share of zeros.
     """
     target_scope, target_pattern = read("target_scope", target_scope), read("target_pattern", target_pattern)
+    for share in target_sparsity.values() if isinstance(target_sparsity, Mapping) else [target_sparsity]:
+        if share is not None:
+            check_target(share)
     if target_sparsity is not None and target_pattern is not None:
         raise ValueError(
             f"target_pattern={target_pattern!r} and target_sparsity={target_sparsity!r} exclude each other: the "

@@ -110,9 +110,8 @@ def load_model_and_tokenizer(
         if "gguf_file" in options:
             model = _load_gguf(name, torch.float32 if args.dtype == "auto" else dtype, options)
         else:
-            model, loaded = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, output_loading_info=True, **options
-            )
+            both: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+            model, loaded = both
             if loaded["missing_keys"]:  # which Transformers makes at random, with a warning: a head, mostly
                 missing = ", ".join(sorted(loaded["missing_keys"])[:3])
                 raise UsageError(

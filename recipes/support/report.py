@@ -182,10 +182,14 @@ def _rows(run: Run) -> list[tuple[str, str, str]]:
     before_sparsity = run.before.zeros / run.before.elements
     test, linear, asked = [], [], []
     if "target_sparsity" in r:
-        share = r["target_zeroed"] / r["decayed_parameters"]
+        share = r["target_zeroed"] / max(1, round(r["sparsity"] * r["decayed_parameters"]))
         asked = [
             ("zeros asked for", "", f"{r['target_sparsity']:.2%}"),
-            (f"of these, zeroed at the end of the ramp, below {r['target_threshold']:.2g}", "", f"{share:.2%}"),
+            (
+                f"of these, zeroed at the end of the ramp, importance up to {r['target_threshold']:.2g}",
+                "",
+                f"{share:.2%}",
+            ),
         ]
     if "test_perplexity" in r:
         test = [("test perplexity", f"{r['test_perplexity_before']:.2f}", f"{r['test_perplexity']:.2f}")]

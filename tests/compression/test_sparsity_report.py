@@ -306,3 +306,10 @@ def test_output_that_nobody_takes_is_one_clear_line(command, full, model_dir, mo
         monkeypatch.setattr(sys, "stdout", output)
         with pytest.raises(SystemExit):
             main([command, str(model_dir)])
+
+
+def test_layers_are_in_the_order_of_their_numbers(tmp_path, capsys):
+    tiny_llama(num_hidden_layers=12).save_pretrained(tmp_path)
+    main(["sparsity", str(tmp_path)])
+    layers = [int(line.split(".")[2]) for line in capsys.readouterr().out.splitlines() if "layers." in line]
+    assert layers == sorted(layers) and layers[-1] == 11

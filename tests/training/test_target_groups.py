@@ -271,3 +271,9 @@ def test_groups_with_a_target_are_steered_by_any_trainer_unless_the_script_does(
     share = zeros / sum(param.numel() for param in decayed_parameters(model).values())
     assert share == pytest.approx(0.5, abs=1e-3) if not attached else 0 < share < 0.5
     assert (steering_of(optimizer) is steering) == attached
+
+
+@pytest.mark.parametrize("target", [1.5, 0, -0.1, float("nan"), "half", {"mlp": 0.5, "*": 2}])
+def test_groups_are_not_made_for_a_target_that_is_no_share(target):
+    with pytest.raises(ValueError, match="target_sparsity=.* is not allowed: it must be a share of zeros"):
+        get_param_groups(tiny_llama(), target_sparsity=target)
