@@ -227,7 +227,7 @@ def test_counting_is_a_small_part_of_a_step():
     from hf_padam import WeightSparsity
 
     model = tiny_llama(hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
-    ids = torch.randint(2, 90, (4, 256))
+    ids = torch.randint(2, 90, (8, 256))
     optimizer = PAdam(get_param_groups(model), lr=1e-4, backend="eager")
     names = decayed_parameters(model)
 
