@@ -1,7 +1,9 @@
 """Compile a function with TorchInductor, below torch.compile. The only file that touches inductor's internals.
 
 None of these entry points is promised to stay: where one is missing, importing this module fails, and the backend
-`compiled` reports itself unavailable.
+`compiled` reports itself unavailable. `torch.compile` alone, which needs none of them, takes 2.1 times as long for a
+step of SmolLM2's 272 tensors if it is called with each, 5.1 times with all of them concatenated and 5.7 times with
+those of one shape stacked (fp32, p = 0.8, two cores of an AMD EPYC with AVX2; medians of 15 turns in one process).
 """
 
 from __future__ import annotations
