@@ -19,19 +19,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_peft_available
 
+from .callback_states import go_on, has_stopped_early
 from .checkpoints import (
     RUN_STATE,
     TRAINER_STATE,
@@ -152,29 +145,9 @@ class ResumableTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
 
     def _load_callback_state(self) -> None:
-        """Let callbacks that count, evaluations without progress for example, go on where they were.
-
-        Their arguments are the new ones. `restore_callback_states_from_checkpoint` makes new callbacks with the old
-        ones. One that the checkpoint does not know begins anew: Transformers could not save its state.
-        """
+        """Let callbacks that count go on where they were."""
         super()._load_callback_state()
-        kept: Any = self.state.stateful_callbacks  # by name, as they are loaded
-        named: dict[str, list[Any]] = {}
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ExportableState):
-                named.setdefault(type(callback).__name__, []).append(callback)
-        for name, callbacks in named.items():
-            saved = kept.get(name, [])
-            newest = saved[-len(callbacks) :] if isinstance(saved, list) else [saved]  # each save adds some to a list
-            if not self.args.restore_callback_states_from_checkpoint:
-                for callback, state in zip(callbacks, newest, strict=False):
-                    vars(callback).update(state.get("attributes", {}))
-            kept[name] = newest if len(callbacks) > 1 else {}
-
-    def _has_stopped_early(self) -> bool:
-        """Whether the run had no more progress to wait for when the checkpoint was saved."""
-        found = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
-        return any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in found)
+        go_on(self.callback_handler.callbacks, self.state, made_anew=self.args.restore_callback_states_from_checkpoint)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch, or what is left of it: nothing after the last step but its end."""
@@ -183,7 +156,9 @@ class ResumableTrainer(Trainer):
         begun = checkpoint is not None and epoch == kwargs["epochs_trained"]
         self._batches = kwargs["steps_trained_in_current_epoch"] if begun else 0
         self._epoch_ended = False
-        over = self.state.global_step >= self.state.max_steps or (begun and self._has_stopped_early())
+        over = self.state.global_step >= self.state.max_steps or (
+            begun and has_stopped_early(self.callback_handler.callbacks)
+        )
         if begun and not are_settled(kwargs["train_dataloader"]):
             logger.warning(
                 "The data loader is one of the trainer's own making (%s): this run goes on exactly only if the data "
