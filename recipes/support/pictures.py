@@ -61,8 +61,8 @@ def draw_training(path: Path, history: list[dict[str, Any]]) -> None:
     other.set_ylabel("zeros among the decayed weights (%)")
     other.set_ylim(bottom=0)
     handles = [line for a in (axis, other) for line in a.get_lines()]
-    axis.legend(handles, [str(line.get_label()) for line in handles], loc="upper center", ncols=3)
-    axis.margins(y=0.2)
+    labels = [str(line.get_label()) for line in handles]
+    axis.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     save(figure, path)
 
 
