@@ -149,11 +149,11 @@ def find_defect(checkpoint: Path, state_file: str = TRAINER_STATE, checksums: bo
     marker = checkpoint / MARKER
     if marker.is_file():
         try:
-            sizes = {checkpoint / name: int(size) for name, size in dict(json.loads(marker.read_bytes())).items()}
+            sizes = {name: int(size) for name, size in dict(json.loads(marker.read_bytes())).items()}
         except (ValueError, TypeError) as error:
             return f"{MARKER} cannot be read ({error})"
-        for file, size in sizes.items():
-            name = str(file.relative_to(checkpoint))
+        for name, size in sizes.items():
+            file = checkpoint / name
             read = name in (state_file, RUN_STATE)  # below, where errors say what is wrong
             if not file.is_file() or (file.stat().st_size != size and not read):
                 return f"{name} {'has not the size that it was written with' if file.exists() else 'is missing'}"
