@@ -149,12 +149,12 @@ def find_defect(checkpoint: Path, state_file: str = TRAINER_STATE, checksums: bo
     marker = checkpoint / MARKER
     if marker.is_file():
         try:
-            sizes = {name: int(size) for name, size in dict(json.loads(marker.read_bytes())).items()}
+            sizes = {Path(name): int(size) for name, size in dict(json.loads(marker.read_bytes())).items()}
         except (ValueError, TypeError) as error:
             return f"{MARKER} cannot be read ({error})"
         for name, size in sizes.items():
             file = checkpoint / name
-            read = name in (state_file, RUN_STATE)  # below, where errors say what is wrong
+            read = str(name) in (state_file, RUN_STATE)  # below, where errors say what is wrong
             if not file.is_file() or (file.stat().st_size != size and not read):
                 return f"{name} {'has not the size that it was written with' if file.exists() else 'is missing'}"
         files = [file for file in files if file.name in (state_file, RUN_STATE) and file.parent == checkpoint]
