@@ -5,7 +5,8 @@ r"""Compare PAdam with what people use instead: same data, same order, same step
 The file names a recipe, options common to all runs, the seeds, and for each method a list of settings; `dense` is the
 method with whose best loss others are compared, `reference` the one whose loss at the same sparsity is, seed by seed.
 A setting may have `seeds` of its own. One with `distill_from: METHOD`, the name of a method of the plan, has for its
-teacher the model that this made with the same seed and number of steps, and runs when those without a teacher have.
+teacher the model that this made with the same seed and number of steps; `resume_from_checkpoint: METHOD/checkpoint-100`
+goes on from that run's checkpoint, and so does not repeat steps that both have in common. Both wait for that run.
 Runs are made seed by seed, of each seed the first setting of every method, then the second ones: where settings go by
 sparsity, whole comparisons are finished one after another. --methods and --seeds make those runs only, and table them
 beside what is finished.
@@ -68,24 +69,26 @@ def plan_jobs(plan: dict[str, Any], extra: dict[str, Any], directory: Path) -> d
             merged = plan["options"] | options | extra | {"seed": seed}
             jobs[method, number, seed] = Job(plan["recipe"], merged, directory / f"{name}-seed{seed}")
     for key, job in jobs.items():
-        teacher = job.options.get("distill_from")
-        if teacher in plan["methods"]:
-            place = _teacher(job, [other for other_key, other in jobs.items() if other_key[::2] == (teacher, key[2])])
-            jobs[key] = replace(job, options=job.options | {"distill_from": str(place)})
+        changes, needs = {}, []
+        for name in ("distill_from", "resume_from_checkpoint"):
+            method, slash, checkpoint = str(job.options.get(name, "")).partition("/")
+            if method in plan["methods"]:
+                others = [other for other_key, other in jobs.items() if other_key[::2] == (method, key[2])]
+                needs.append(_counterpart(job, method, others))
+                changes[name] = f"{needs[-1]}{slash}{checkpoint}"
+        jobs[key] = replace(job, options=job.options | changes, needs=tuple(needs))
     for place, number in Counter(job.output_dir for job in jobs.values()).items():
         if number > 1:
             raise UsageError(f"{number} settings have the name {place.name}: take one out, or name the methods apart")
     return jobs
 
 
-def _teacher(job: Job, candidates: list[Job]) -> Path:
-    """Return where the teacher of a job will be: of runs of one method and seed, the one of as many steps."""
+def _counterpart(job: Job, method: str, candidates: list[Job]) -> Path:
+    """Return where what a job starts from will be: of runs of one method and seed, the one of as many steps."""
     for candidate in candidates:
         if candidate.options.get("max_steps") == job.options.get("max_steps"):
             return candidate.output_dir
-    raise UsageError(
-        f"{job.output_dir.name}: {job.options['distill_from']}, its teacher, has no setting of its seed and max_steps"
-    )
+    raise UsageError(f"{job.output_dir.name}: {method}, which it needs, has no setting of its seed and max_steps")
 
 
 def seeds_of(settings: dict[str, Any], plan: dict[str, Any]) -> Any:
@@ -167,6 +170,14 @@ def main() -> None:
         for key, job in jobs.items()
         if key[0] in (args.methods or plan["methods"]) and key[2] in (args.seeds or plan["seeds"])
     }
+    made = {job.output_dir for job in asked.values()}
+    for job in asked.values():
+        for other in jobs.values():
+            if other.output_dir in job.needs and other.output_dir not in made and runner.finished(other) is None:
+                raise UsageError(
+                    f"{job.output_dir.name} needs the run in {other.output_dir}, which is not finished: let --methods "
+                    "name its method, too"
+                )
     earlier = {key: runner.finished(job) for key, job in jobs.items() if key not in asked}
     outcomes: dict[tuple[str, int, int], Any] = {key: result for key, result in earlier.items() if result is not None}
 
@@ -185,17 +196,7 @@ def main() -> None:
             outcomes[keys[job.output_dir]] = result
             tabulate(plan, outcomes, directory)
 
-        teachers = {key: job.options.get("distill_from") for key, job in asked.items()}
-        places = {str(job.output_dir): job for job in jobs.values()}
-        taught = {key for key, place in teachers.items() if place in places}
-        runner.run_all([job for key, job in asked.items() if key not in taught], done)
-        for key in taught:
-            if runner.finished(places[str(teachers[key])]) is None:
-                raise UsageError(
-                    f"{asked[key].output_dir.name} wants the model of {teachers[key]}, which is not finished: let "
-                    "--methods name its method, too"
-                )
-        runner.run_all([asked[key] for key in asked if key in taught], done)
+        runner.run_all(list(asked.values()), done)
     comparison = tabulate(plan, outcomes, directory)
     if comparison:
         comparison.print(plan["title"])

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from hf_padam import PAdamTrainer
 
 from .calibration import observed, prune_calibrated
+from .errors import UsageError
 from .importance_scores import Linear, prune_by_fisher, prune_by_magnitude, prune_by_wanda
 
 _NORM_DECAY = 0.99
@@ -42,6 +43,24 @@ class GradualPruning(TrainerCallback):
         """Zero weights until this share of all is zero, those that are already among them."""
         raise NotImplementedError
 
+    def _share(self, step: int, max_steps: int) -> float | None:
+        """Return the share of zeros to prune to after a step, None if it is not time to."""
+        first, last = math.ceil(self.start * max_steps), max(1, round(self.end * max_steps))
+        if step != last and not (first <= step < last and (step - first) % self.interval == 0):
+            return None
+        x = (step - first) / (last - first) if last > first else 1.0
+        return self.target * (1 - (1 - min(1.0, x)) ** 3)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse to go on from a checkpoint of a run that did not prune, after a step that should have."""
+        shares = [self._share(step, state.max_steps) or 0.0 for step in range(1, state.global_step + 1)]
+        zeros = sum(int((param == 0).sum()) for param in self.params) if any(shares) else 0
+        if zeros < max(shares, default=0.0) / 2 * sum(param.numel() for param in self.params):
+            raise UsageError(
+                f"the checkpoint of step {state.global_step} was not pruned, as --prune_to {self.target} has it from "
+                f"step {math.ceil(self.start * state.max_steps)} on: go on from an earlier one, or start afresh"
+            )
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remember what is zero."""
         self._zeros = [param == 0 for param in self.params]
@@ -51,11 +70,9 @@ class GradualPruning(TrainerCallback):
         """Put zeros back, and prune if it is time to."""
         for param, zeros in zip(self.params, self._zeros, strict=True):
             param.masked_fill_(zeros, 0.0)
-        step = state.global_step + 1
-        first, last = math.ceil(self.start * state.max_steps), max(1, round(self.end * state.max_steps))
-        if step == last or (first <= step < last and (step - first) % self.interval == 0):
-            x = (step - first) / (last - first) if last > first else 1.0
-            self.prune(self.target * (1 - (1 - min(1.0, x)) ** 3), kwargs["optimizer"])
+        share = self._share(state.global_step + 1, state.max_steps)
+        if share is not None:
+            self.prune(share, kwargs["optimizer"])
 
 
 class MagnitudePruning(GradualPruning):
@@ -106,6 +123,7 @@ class WandaPruning(GradualPruning):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch the inputs."""
+        super().on_train_begin(args, state, control, **kwargs)
         self._watch = contextlib.ExitStack()
         self._seen = self._watch.enter_context(observed(self.linear))
 

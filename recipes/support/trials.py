@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Job:
     recipe: str  # a file name in recipes/
     options: Options
     output_dir: Path
+    needs: tuple[Path, ...] = ()  # output directories of the jobs that must be finished before
 
     @property
     def request(self) -> str:
@@ -124,25 +125,41 @@ class Runner:
     ) -> list[dict[str, Any] | RunFailed]:
         """Run jobs, call `done` after each, and return their results, or how they failed, in order.
 
+        They begin in order, but for those that need one of the others: these wait for it, and fail if it does.
+
         Raises:
-            UsageError: Of the first job that cannot begin; no other one is started then.
+            UsageError: Of the first job that cannot begin, for its options or what it needs; no other one is started then.
         """
-        outcomes: dict[int, dict[str, Any] | RunFailed] = {}
+        outcomes: dict[Path, dict[str, Any] | RunFailed] = {}
+        waiting, running = list(jobs), {}
+        places = {job.output_dir for job in jobs}
         with ThreadPoolExecutor(self.jobs) as pool:
-            futures = {pool.submit(self.run, job): i for i, job in enumerate(jobs)}
             try:
-                for future in as_completed(futures):
-                    try:
-                        outcome: dict[str, Any] | RunFailed = future.result()
-                    except RunFailed as error:
-                        outcome = error
-                    outcomes[futures[future]] = outcome
-                    done(jobs[futures[future]], outcome)
+                while waiting or running:
+                    ready = [job for job in waiting if places.intersection(job.needs) <= outcomes.keys()]
+                    for job in ready[: self.jobs - len(running)]:
+                        waiting.remove(job)
+                        running[pool.submit(self._run_after, job, outcomes)] = job
+                    if not running:
+                        raise UsageError(f"runs that need each other cannot begin: {', '.join(job.output_dir.name for job in waiting)}")
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        job = running.pop(future)
+                        try:
+                            outcomes[job.output_dir] = future.result()
+                        except RunFailed as error:
+                            outcomes[job.output_dir] = error
+                        done(job, outcomes[job.output_dir])
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.stop()
                 raise
-        return [outcomes[i] for i in range(len(jobs))]
+        return [outcomes[job.output_dir] for job in jobs]
+
+    def _run_after(self, job: Job, outcomes: Mapping[Path, dict[str, Any] | RunFailed]) -> dict[str, Any]:
+        for place in job.needs:
+            if isinstance(outcomes.get(place), RunFailed):
+                raise RunFailed(f"the run in {job.output_dir} needs that in {place}, which failed")
+        return self.run(job)
 
     def _exit(self, *_: Any) -> None:
         self.stop()

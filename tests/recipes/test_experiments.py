@@ -486,46 +486,88 @@ def test_a_sweep_goes_on_after_it_was_killed(tmp_path, text_file):
     assert other.returncode == 2 and "holds a study of" in other.stderr
 
 
-def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkeypatch):
-    """Of the same seed and number of steps."""
+def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkeypatch, capsys):
+    """Of the same seed and number of steps; the checkpoint to go on from alike."""
     plan = {
         "title": "t", "recipe": "finetune_clm.py", "seeds": [0, 1],
         "options": {"model_name_or_path": "m", "train_file": str(tmp_path / "f.txt"), "max_steps": 5},
         "methods": {
-            "taught": [{"distill_from": "AdamW", "target_sparsity": 0.5, "max_steps": 9}, {"distill_from": "AdamW"}],
+            "both": [{"distill_from": "AdamW", "resume_from_checkpoint": "taught/checkpoint-3", "target_sparsity": 0.5}],
+            "taught": [{"distill_from": "AdamW", "max_steps": 9}, {"distill_from": "AdamW"}],
             "AdamW": [{"optim": "adamw_torch"}, {"optim": "adamw_torch", "max_steps": 9}],
-            "from a file": [{"distill_from": "some/model"}],
+            "from a file": [{"distill_from": "some/model", "resume_from_checkpoint": "some/checkpoint-1"}],
         },
     }  # fmt: skip
     (tmp_path / "f.txt").write_text("text")
     file = tmp_path / "plan.yaml"
     file.write_text(yaml.safe_dump(plan, sort_keys=False))
-    stages: list[list[Job]] = []
-    done: set[Path] = set()
+    ran: list[Job] = []
 
     class Runner(compare.Runner):
-        def run_all(self, jobs, tell):
-            stages.append(list(jobs))
-            done.update(job.output_dir for job in jobs)
+        def run(self, job):
+            ran.append(job)
+            if job.output_dir.name == failing:
+                raise RunFailed("no")
+            return {"validation_loss": 1.0, "sparsity": 0.0}
 
-        def finished(self, job):
-            return {} if job.output_dir in done else None
+    def run(*options: str) -> int:
+        ran.clear()
+        monkeypatch.setattr(sys, "argv", ["compare.py", str(file), *options])
+        try:
+            compare.main()
+        except SystemExit as exit:
+            return exit.code
+        return 0
 
     monkeypatch.setattr(compare, "Runner", Runner)
     monkeypatch.setattr(compare, "tabulate", lambda *args: None)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["compare.py", str(file)])
-    compare.main()
-    first, second = ({job.output_dir.name: job.options.get("distill_from") for job in jobs} for jobs in stages)
-    assert {name for name in first if "from_a_file" not in name} == {
-        f"adamw{steps}-seed{seed}" for steps in ("", "_max_steps_9") for seed in (0, 1)
+    failing = ""
+    assert run("--jobs", "3") == 0
+    starts = [
+        tuple(job.options.get(name, "").removeprefix("runs/plan/") for name in ("distill_from", "resume_from_checkpoint"))
+        for job in ran
+    ]
+    order = [job.output_dir.name for job in ran]
+    assert sorted(starts) == sorted(
+        [("", "")] * 4
+        + [("some/model", "some/checkpoint-1")] * 2
+        + [(f"adamw{steps}-seed{seed}", "") for steps in ("", "_max_steps_9") for seed in (0, 1)]
+        + [(f"adamw-seed{seed}", f"taught_distill_from_adamw-seed{seed}/checkpoint-3") for seed in (0, 1)]
+    )
+    for place, needed in zip(order, starts, strict=True):
+        for name in filter(None, needed):
+            assert name.startswith("some/") or order.index(name.split("/")[0]) < order.index(place)
+
+    failing = "adamw-seed0"
+    assert run() == 1
+    assert len(ran) == 12 - 2, "what needs it, and what needs that"
+    assert run("--methods", "taught") == 2 and not ran
+    assert re.search("needs the run in runs/plan/adamw.*not finished: let --methods", capsys.readouterr().err)
+    plan["methods"]["AdamW"][0]["distill_from"] = "taught"
+    file.write_text(yaml.safe_dump(plan, sort_keys=False))
+    assert run() == 2
+    assert "need each other" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_from_a_common_beginning_ends_as_one_from_the_start(tmp_path, model_dir, text_file):
+    """Of a plan: the steps before a method begins are made once."""
+    options = {"model_name_or_path": str(model_dir), "train_file": str(text_file), "block_size": 16, "max_steps": 6}
+    options |= {"max_eval_samples": 4, "save_strategy": "no", "logging_steps": 1, "use_cpu": True}
+    pruned = {"optim": "adamw_torch", "prune_to": 0.5, "prune_by": "sparsegpt", "prune_start": 0.5, "prune_end": 0.5}
+    gradual = {"optim": "adamw_torch", "prune_to": 0.5, "prune_by": "fisher", "prune_start": 0.5, "prune_interval": 1}
+    methods = {
+        "AdamW": [{"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}],
+        "whole": [pruned, gradual],
+        "branch": [o | {"resume_from_checkpoint": "AdamW/checkpoint-2"} for o in (pruned, gradual)],
     }
-    assert second == {
-        f"taught_distill_from_adamw{more}-seed{seed}": f"runs/plan/adamw{steps}-seed{seed}"
-        for more, steps in (("", ""), ("_target_sparsity_0.5_max_steps_9", "_max_steps_9"))
-        for seed in (0, 1)
-    }
-    done.clear()
-    with pytest.raises(SystemExit):
-        monkeypatch.setattr(sys, "argv", ["compare.py", str(file), "--methods", "taught"])
-        compare.main()
+    changes = {"recipe": "finetune_clm.py", "options": options, "seeds": [1], "reference": "whole"}
+    result = run_recipe("compare.py", plan(tmp_path, methods=methods, **changes), "--output_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = list(csv.DictReader((tmp_path / "out" / "pareto.csv").open()))
+    losses = {method: [row["loss"] for row in rows if row["method"] == method] for method in methods}
+    assert losses["branch"] == losses["whole"] and len(set(losses["whole"] + losses["AdamW"])) == 3
+    checkpoint = tmp_path / "out" / "adamw-seed1" / "checkpoint-4"
+    options |= pruned | {"seed": 1, "output_dir": tmp_path / "late", "resume_from_checkpoint": checkpoint}
+    result = run_recipe("finetune_clm.py", *flags(options))
+    assert result.returncode == 2 and "the checkpoint of step 4 was not pruned" in result.stderr, result.stderr[-2000:]
