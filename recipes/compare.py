@@ -5,8 +5,8 @@ r"""Compare PAdam with what people use instead: same data, same order, same step
 The file names a recipe, options common to all runs, the seeds, and for each method a list of settings; `dense` is the
 method with whose best loss others are compared, `reference` the one whose loss at the same sparsity is, seed by seed.
 A setting may have `seeds` of its own. One with `distill_from: METHOD`, the name of a method of the plan, has for its
-teacher the model that this made with the same seed and number of steps; `resume_from_checkpoint: METHOD/checkpoint-100`
-goes on from that run's checkpoint, and so does not repeat steps that both have in common. Both wait for that run.
+teacher the model that this made with the same seed and number of steps; one with `resume_from_checkpoint:
+METHOD/checkpoint-99` goes on from there, and so does not repeat the steps that both have in common. Both wait for it.
 Runs are made seed by seed, of each seed the first setting of every method, then the second ones: where settings go by
 sparsity, whole comparisons are finished one after another. --methods and --seeds make those runs only, and table them
 beside what is finished.

@@ -128,7 +128,7 @@ class Runner:
         They begin in order, but for those that need one of the others: these wait for it, and fail if it does.
 
         Raises:
-            UsageError: Of the first job that cannot begin, for its options or what it needs; no other one is started then.
+            UsageError: Of the first job that cannot begin; no other one is started then.
         """
         outcomes: dict[Path, dict[str, Any] | RunFailed] = {}
         waiting, running = list(jobs), {}
@@ -141,7 +141,8 @@ class Runner:
                         waiting.remove(job)
                         running[pool.submit(self._run_after, job, outcomes)] = job
                     if not running:
-                        raise UsageError(f"runs that need each other cannot begin: {', '.join(job.output_dir.name for job in waiting)}")
+                        names = ", ".join(job.output_dir.name for job in waiting)
+                        raise UsageError(f"runs that need each other cannot begin: {names}")
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         job = running.pop(future)
                         try:

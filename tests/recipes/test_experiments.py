@@ -492,7 +492,7 @@ def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkey
         "title": "t", "recipe": "finetune_clm.py", "seeds": [0, 1],
         "options": {"model_name_or_path": "m", "train_file": str(tmp_path / "f.txt"), "max_steps": 5},
         "methods": {
-            "both": [{"distill_from": "AdamW", "resume_from_checkpoint": "taught/checkpoint-3", "target_sparsity": 0.5}],
+            "both": [{"distill_from": "AdamW", "resume_from_checkpoint": "taught/checkpoint-3", "weight_decay": 0.5}],
             "taught": [{"distill_from": "AdamW", "max_steps": 9}, {"distill_from": "AdamW"}],
             "AdamW": [{"optim": "adamw_torch"}, {"optim": "adamw_torch", "max_steps": 9}],
             "from a file": [{"distill_from": "some/model", "resume_from_checkpoint": "some/checkpoint-1"}],
@@ -524,10 +524,8 @@ def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     failing = ""
     assert run("--jobs", "3") == 0
-    starts = [
-        tuple(job.options.get(name, "").removeprefix("runs/plan/") for name in ("distill_from", "resume_from_checkpoint"))
-        for job in ran
-    ]
+    keys = ("distill_from", "resume_from_checkpoint")
+    starts = [tuple(job.options.get(key, "").removeprefix("runs/plan/") for key in keys) for job in ran]
     order = [job.output_dir.name for job in ran]
     assert sorted(starts) == sorted(
         [("", "")] * 4
