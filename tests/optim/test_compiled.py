@@ -181,8 +181,9 @@ def test_the_random_bits_of_the_last_row_are_those_of_its_place_in_a_tensor_of_a
     def kernel(rows, *arguments):
         starts.append(int(arguments[-1][2]))
 
-    compiled._step_irregular(kernel, tensors, [torch.zeros(3), torch.tensor([1, 2, 0], dtype=torch.int32)])
-    place = torch.tensor(elements // 64 * 64).to(torch.int32).item()
+    row = compiled._row(torch.bfloat16, torch.float32)
+    compiled._step_irregular(kernel, row, tensors, [torch.zeros(3), torch.tensor([1, 2, 0], dtype=torch.int32)])
+    place = torch.tensor(elements // row * row).to(torch.int32).item()
     assert starts == [0, place]
 
 

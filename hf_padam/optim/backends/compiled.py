@@ -1,6 +1,6 @@
 """The function that `eager` loops over, compiled by TorchInductor into one fused, vectorised C++ loop for CPUs.
 
-One kernel serves every tensor: it works on rows of 64 elements, whose number is symbolic. It is called directly, below
+One kernel serves every tensor: it works on short rows, whose number is symbolic. It is called directly, below
 torch.compile: the guards and wrappers of a `torch.compile`-d function cost about 0.1 ms a call, which over the
 hundreds of tensors of a language model would be a quarter of the step. Inductor keeps its kernels on disk (see
 TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine compiles.
@@ -27,7 +27,9 @@ from ..update import Form, Scalars, exact_power, update_
 from .checks import PLAIN, KernelError, disagreement, summary
 from .fast_power import LARGEST_EXPONENT, PARTS, SMALLEST_EXPONENT, fast_power, split_exponent
 
-_ROW = 64
+_ROW_BYTES = 64
+"""Of a row of the smallest dtype: an AVX-512 register, and so short that few tensors have more behind their last row."""
+
 _PLAIN = len(Scalars._fields) - 4  # how many `Scalars.numbers` there are
 _BUILDING = threading.Lock()  # inductor is not made for several threads at once
 
@@ -66,6 +68,7 @@ def step(
     """
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([s] if s else [])]
     dtypes = [tensors[0].dtype for tensors in lists]
+    row = _row(*dtypes)
     arithmetic = torch.promote_types(dtypes[0], torch.float32)
     form = scalars.form
     parts: tuple[float, ...] = ()
@@ -87,46 +90,53 @@ def step(
             keys = [rounding.tensor_keys[i], rounding.step_key, 0]
             numbers = [values, torch.tensor(keys, dtype=torch.int32, device="cpu")]
         if not all([t.is_contiguous() for t in tensors]):
-            _step_irregular(kernel, tensors, numbers)
+            _step_irregular(kernel, row, tensors, numbers)
             continue
-        rows, behind = divmod(tensors[0].numel(), _ROW)
+        rows, behind = divmod(tensors[0].numel(), row)
         if not behind or rounding is None:
             if rows:
                 kernel(rows, *tensors, *numbers)
             if behind:
-                start = rows * _ROW
+                start = rows * row
                 tails.append([t.as_strided((behind,), (1,), t.storage_offset() + start) for t in tensors])
         else:
-            _step_irregular(kernel, tensors, numbers)
+            _step_irregular(kernel, row, tensors, numbers)
     if tails:
-        _step_tails(kernel, list(map(list, zip(*tails, strict=True))), numbers)
+        _step_tails(kernel, row, list(map(list, zip(*tails, strict=True))), numbers)
     written = [*params, *exp_avgs, *exp_avg_sqs, *(s or ())]
     torch.autograd.graph.increment_version(written)  # as any in-place operation does
 
 
-def _step_tails(kernel: Callable[..., object], lists: list[list[Tensor]], numbers: list[Tensor]) -> None:
+def _row(*dtypes: torch.dtype) -> int:
+    """Return the elements of a row for tensors of these dtypes."""
+    return _ROW_BYTES // min(dtype.itemsize for dtype in dtypes)
+
+
+def _step_tails(kernel: Callable[..., object], row: int, lists: list[list[Tensor]], numbers: list[Tensor]) -> None:
     """Step what tensors have behind their last whole row, all of it at once, through copies."""
     sizes = [t.numel() for t in lists[0]]
-    missing = -sum(sizes) % _ROW
+    missing = -sum(sizes) % row
     flat = [torch.nn.functional.pad(torch.cat(tensors), (0, missing)) for tensors in lists]
-    kernel(len(flat[0]) // _ROW, *flat, *numbers)
+    kernel(len(flat[0]) // row, *flat, *numbers)
     for i, (tensors, stepped) in enumerate(zip(lists, flat, strict=True)):
         if i != 1:
             torch._foreach_copy_(tensors, list(stepped.split([*sizes, missing])[: len(sizes)]))
 
 
-def _step_irregular(kernel: Callable[..., object], tensors: tuple[Tensor, ...], numbers: list[Tensor]) -> None:
+def _step_irregular(
+    kernel: Callable[..., object], row: int, tensors: tuple[Tensor, ...], numbers: list[Tensor]
+) -> None:
     """Step tensors whose elements are not one whole number of rows, through copies of what does not fit."""
     param = tensors[0]
     if torch.ops.aten.is_non_overlapping_and_dense(param) and all(t.stride() == param.stride() for t in tensors):
         flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
     else:
         flat = [t.contiguous().view(-1) for t in tensors]
-    whole = param.numel() // _ROW * _ROW
+    whole = param.numel() // row * row
     if whole:
-        kernel(whole // _ROW, *flat, *numbers)
+        kernel(whole // row, *flat, *numbers)
     if whole < param.numel():
-        rest = [torch.nn.functional.pad(t[whole:], (0, whole + _ROW - param.numel())) for t in flat]
+        rest = [torch.nn.functional.pad(t[whole:], (0, whole + row - param.numel())) for t in flat]
         for keys in numbers[1:]:
             keys[2] = (whole + 2**31) % 2**32 - 2**31  # positions count modulo 2^32, as in every backend
         kernel(1, *rest, *numbers)
@@ -153,7 +163,7 @@ def _kernel(
         dtypes: Of the tensors.
 
     Returns:
-        ``kernel(rows, param, grad, exp_avg, exp_avg_sq[, s], values, keys)``: how many rows of _ROW elements; dense
+        ``kernel(rows, param, grad, exp_avg, exp_avg_sq[, s], values, keys)``: how many rows of `_row` elements; dense
         tensors of these dtypes; the numbers in `Scalars`, followed by its `s_rate` if there is `s` and the parts of
         the exponent if there are `squares`; and, only if it `rounds` stochastically, the keys of the tensor and of the
         step and the position of the first element. If it cannot be built, why: trying again at every step would take
@@ -168,6 +178,7 @@ def _kernel(
     fast = squares is not None
     power: Any = functools.partial(fast_power, squares=squares) if squares is not None else exact_power
     follows = len(dtypes) == 5
+    row = _row(*dtypes)
 
     # No annotations: they would end up in inductor's cache key.
     def take_step(param, grad, exp_avg, exp_avg_sq, values, keys, s=None):
@@ -180,7 +191,7 @@ def _kernel(
         if rounds:
             tensor_key, step_key, start = keys[0].unbind()
             rows, columns = (torch.arange(n, dtype=torch.int32, device=param.device) for n in param.shape)
-            bits = random_bits(rows[:, None] * _ROW + columns + start, tensor_key, step_key)
+            bits = random_bits(rows[:, None] * row + columns + start, tensor_key, step_key)
         update_(param, grad, exp_avg, exp_avg_sq, scalars, power, bits, s)
         return ()
 
@@ -194,6 +205,6 @@ def _kernel(
     values = torch.empty(_PLAIN + follows + PARTS * fast, dtype=arithmetic, device="cpu")
     keys = [torch.empty(3, dtype=torch.int32, device="cpu")] * rounds
     try:
-        return inductor.compile_over_rows(kernel_with_s if follows else kernel, dtypes, _ROW, values, *keys)
+        return inductor.compile_over_rows(kernel_with_s if follows else kernel, dtypes, row, values, *keys)
     except Exception as error:  # of a compiler, a linker, a full or read-only disk
         return f"a kernel for {form.name}, {', '.join(map(str, dtypes))} cannot be built ({summary(error)})"
