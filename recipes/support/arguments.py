@@ -120,6 +120,9 @@ save_total_limit report_to run_name seed use_cpu resume_from_checkpoint optim op
 """.split()
 """The training options that `--help` shows beside PAdam's; `--help_all` shows all of them."""
 
+_METRICS = ("loss", "perplexity", "sparsity", "sparsity_total")
+"""By which evaluations of the recipes can tell the best model."""
+
 
 def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...]:
     """Parse ``[CONFIG] [--option value ...]`` into instances of dataclasses; options override the config file.
@@ -160,15 +163,15 @@ def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(str(error)) from error
     for arguments in parsed:
-        _check_numbers(arguments)
+        _check_values(arguments)
     return parsed
 
 
-def _check_numbers(arguments: Any) -> None:
+def _check_values(arguments: Any) -> None:
     """Check what Transformers takes as it is: it fails on it later, or trains to no purpose.
 
     Raises:
-        UsageError: If a number that `arguments` has is impossible.
+        UsageError: If a number that `arguments` has is impossible, or a metric is unknown.
     """
     given = {name: value for name, value in vars(arguments).items() if isinstance(value, int | float)}
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -179,6 +182,9 @@ def _check_numbers(arguments: Any) -> None:
             raise UsageError(f"--{name} {given[name]} is not in 0 to {2**32 - 1}")
     if not 0 <= given.get("max_grad_norm", 0) <= math.inf:
         raise UsageError(f"--max_grad_norm {given['max_grad_norm']} is not allowed: it must be at least 0")
+    best = getattr(arguments, "metric_for_best_model", None)
+    if best is not None and best.removeprefix("eval_") not in _METRICS:
+        raise UsageError(f"--metric_for_best_model {best} is not one that evaluations report: {', '.join(_METRICS)}")
     if given.get("max_steps", 1) <= 0 and not 0 < given.get("num_train_epochs", 1) < math.inf:
         raise UsageError(f"--num_train_epochs {given['num_train_epochs']} is not allowed: it must be above 0")
 

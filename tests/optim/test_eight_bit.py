@@ -60,6 +60,19 @@ def test_a_step_is_padams_on_the_unpacked_moments(dtype, slice_, monkeypatch):
                 assert 0 < error.max() < 0.01
 
 
+def test_a_second_moment_that_eight_bits_round_to_zero_is_no_missing_gradient():
+    """Under "fisher" weights without a gradient so far are spared; the least important ones must not be."""
+    param = torch.nn.Parameter(torch.ones(SMALLEST))
+    optimizer = PAdam8bit([param], **HYPERPARAMETERS | {"importance": "fisher"}, backend="eager")
+    for _ in range(3):
+        param.grad = torch.full((SMALLEST,), 1e-6)
+        param.grad[::256], param.grad[1::256] = 1.0, 0.0
+        optimizer.step()
+    second = optimizer.state[param]["exp_avg_sq"].dequantize().view(-1, 256)
+    assert (second[:, 1] == 0).all()
+    assert (second[:, 2:] > 0).all() and (second[:, 2:] < 1e-6 * second[:, :1]).all()
+
+
 def test_state_takes_two_bytes_a_parameter():
     param = torch.nn.Parameter(torch.randn(1024, 1024))
     optimizer = PAdam8bit([param], **HYPERPARAMETERS)

