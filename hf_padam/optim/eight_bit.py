@@ -126,9 +126,8 @@ class PAdam8bit(PAdam):
             backend.step(*lists, scalars, own, kept=kept.setdefault(start, {"moving": True}))
             for moment, new in zip(packed, moments, strict=True):
                 moment.copy_(new)
-            if scalars.fisher:  # under which a second moment of zero says that there was no gradient yet
-                codes = packed[1].codes
-                codes += (codes == 0) & (moments[1].view_as(codes) > 0)
+            codes = packed[1].codes  # of which the smallest but zero is taken where zero would say: no gradient so far
+            codes += (codes == 0) & (moments[1].view_as(codes) > 0)
         if weights.data_ptr() != tensors[0].data_ptr():  # it was a copy
             tensors[0].copy_(weights.view_as(tensors[0]))
 
