@@ -21,6 +21,7 @@ from typing import Any
 
 from support import report
 from support.arguments import DataArguments, ModelArguments, check_output_dir, check_resume, parse_arguments
+from support.before import TestBefore
 from support.data import load_blocks
 from support.errors import UsageError, reports_usage_errors
 from support.models import load_model_and_tokenizer, load_teacher, save_model
@@ -28,28 +29,9 @@ from support.pictures import Magnitudes
 from support.positions import longest_sequence
 from support.pruning import PruningArguments, evaluate_one_shot
 from support.timing import StepTimer
-from transformers import TrainerCallback, default_data_collator, set_seed
+from transformers import default_data_collator, set_seed
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
-
-
-class TestBefore(TrainerCallback):
-    """Evaluate the untrained model on the test split, as training begins.
-
-    Not before: a Trainer that has evaluated no longer wraps its model for several processes, whose gradients would
-    silently not be averaged. The result is kept in the log history, so a resumed run has it from its checkpoint.
-    """
-
-    KEY = "test_before_perplexity"
-
-    def __init__(self, trainer: PAdamTrainer, split: Any) -> None:
-        self.trainer, self.split = trainer, split
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Evaluate, unless the log history says that this has been done."""
-        if not any(self.KEY in row for row in state.log_history):
-            if self.KEY not in self.trainer.evaluate(self.split, metric_key_prefix="test_before"):
-                raise UsageError("this recipe reports perplexities, but none is known of this model: see the log")
 
 
 def parse(argv: list[str]) -> tuple[Any, ...]:
@@ -119,7 +101,7 @@ def main() -> None:
         is_main_process=trainer.is_world_process_zero(),
         validation_perplexity=validation["validation_perplexity"],
         test_perplexity=test["test_perplexity"],
-        test_perplexity_before=next(row[TestBefore.KEY] for row in trainer.state.log_history if TestBefore.KEY in row),
+        test_perplexity_before=TestBefore.result(trainer),
         one_shot=one_shot,
         **report.target(trainer.optimizer),
         train_steps=trainer.state.global_step,

@@ -17,6 +17,7 @@ from typing import Any
 from support import report
 from support.arguments import DataArguments, ModelArguments, check_output_dir, check_resume, parse_arguments
 from support.base_zeros import BaseZeros
+from support.before import TestBefore
 from support.data import load_blocks
 from support.errors import UsageError, needs_extra, reports_usage_errors
 from support.models import load_model_and_tokenizer, save_model
@@ -107,18 +108,14 @@ def main() -> None:
         trainer.create_optimizer()
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
+    trainer.add_callback(TestBefore(trainer, splits["test"]))
     trainer.train(resume_from_checkpoint=resume)
 
-    # 3. Test perplexities: of the base, of the adapted model, merged, and with the base's zeros.
+    # 3. Test perplexities: of the base, to which adapters add nothing at first; adapted; merged; with the zeros again.
     def test() -> float:
-        metrics = trainer.evaluate(splits["test"], metric_key_prefix="test")
-        if "test_perplexity" not in metrics:
-            raise UsageError("this recipe reports perplexities, but none is known of this model: see the log")
-        return metrics["test_perplexity"]
+        return trainer.evaluate(splits["test"], metric_key_prefix="test")["test_perplexity"]
 
-    with adapted.disable_adapter():
-        found = {"test_perplexity_before": test()}
-    found["test_perplexity_adapted"] = test()
+    found = {"test_perplexity_before": TestBefore.result(trainer), "test_perplexity_adapted": test()}
     trainer.model = merged = adapted.merge_and_unload()
     found["test_perplexity_merged"] = found["test_perplexity"] = test()
     filled = zeros.filled(merged)
