@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,8 @@ class Runner:
             UsageError: Of the first job that cannot begin; no other one is started then.
         """
         outcomes: dict[Path, dict[str, Any] | RunFailed] = {}
-        waiting, running = list(jobs), {}
+        waiting = list(jobs)
+        running: dict[Future[dict[str, Any]], Job] = {}
         places = {job.output_dir for job in jobs}
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
