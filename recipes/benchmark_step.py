@@ -217,7 +217,7 @@ def time_trainer(
     size = sum(p.nbytes for p in network.parameters())
     durations: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, int | None] = {name: None for name in ways}
-    for turn, name in itertools.product(range(2 if on_gpu else 3), ways):
+    for turn, name in itertools.product(range(3 if device.type == "cpu" else 2), ways):
         clock, trainer = Clock(), ways[name]()
         trainer.add_callback(clock)
         trainer.train_dataset = data

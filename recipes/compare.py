@@ -7,6 +7,7 @@ method with whose best loss others are compared, `reference` the one whose loss 
 A setting may have `seeds` of its own. One with `distill_from: METHOD`, the name of a method of the plan, has for its
 teacher the model that this made with the same seed and number of steps; one with `resume_from_checkpoint:
 METHOD/checkpoint-99` goes on from there, and so does not repeat the steps that both have in common. Both wait for it.
+That method is to save such a checkpoint (`save_strategy: steps`, `save_steps: 33`); its others are deleted.
 Runs are made seed by seed, of each seed the first setting of every method, then the second ones: where settings go by
 sparsity, whole comparisons are finished one after another. --methods and --seeds make those runs only, and table them
 beside what is finished.
@@ -26,8 +27,11 @@ import argparse
 import itertools
 import math
 import re
+import shutil
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from support.arguments import check_output_dir
 from support.errors import RunFailed, UsageError, reports_usage_errors
 from support.pareto import Comparison, Point, setting
+from support.pruning import PruningArguments
 from support.trials import Job, Runner, check_options, extra_options, read_plan
 
 KEYS = {"title": str, "recipe": str, "options": dict, "seeds": list, "methods": dict}
@@ -74,21 +79,66 @@ def plan_jobs(plan: dict[str, Any], extra: dict[str, Any], directory: Path) -> d
             method, slash, checkpoint = str(job.options.get(name, "")).partition("/")
             if method in plan["methods"]:
                 others = [other for other_key, other in jobs.items() if other_key[::2] == (method, key[2])]
-                needs.append(_counterpart(job, method, others))
-                changes[name] = f"{needs[-1]}{slash}{checkpoint}"
+                other = _counterpart(job, method, others)
+                if name == "resume_from_checkpoint":
+                    _check_branch(job, other, checkpoint)
+                needs.append(other.output_dir)
+                changes[name] = f"{other.output_dir}{slash}{checkpoint}"
         jobs[key] = replace(job, options=job.options | changes, needs=tuple(needs))
+    try:
+        TopologicalSorter({job.output_dir: job.needs for job in jobs.values()}).prepare()
+    except CycleError as error:
+        raise UsageError(f"runs that need each other: {', '.join(place.name for place in error.args[1])}") from error
     for place, number in Counter(job.output_dir for job in jobs.values()).items():
         if number > 1:
             raise UsageError(f"{number} settings have the name {place.name}: take one out, or name the methods apart")
     return jobs
 
 
-def _counterpart(job: Job, method: str, candidates: list[Job]) -> Path:
-    """Return where what a job starts from will be: of runs of one method and seed, the one of as many steps."""
+def _counterpart(job: Job, method: str, candidates: list[Job]) -> Job:
+    """Return what a job starts from: of runs of one method and seed, the one of as many steps."""
     for candidate in candidates:
         if candidate.options.get("max_steps") == job.options.get("max_steps"):
-            return candidate.output_dir
+            return candidate
     raise UsageError(f"{job.output_dir.name}: {method}, which it needs, has no setting of its seed and max_steps")
+
+
+def _check_branch(job: Job, start: Job, checkpoint: str) -> None:
+    """Check that a run will save the checkpoint that another goes on from, and that this prunes nothing before it."""
+    number, options = re.fullmatch(r"checkpoint-(\d+)", checkpoint), start.options
+    step = int(number[1]) if number else 0
+    every = int(float(options.get("save_steps", 0))) if options.get("save_strategy") == "steps" else 0
+    if not step or not every or step % every or options.get("save_total_limit"):
+        raise UsageError(
+            f"{job.output_dir.name} goes on from {checkpoint!r} of {start.output_dir.name}, which saves no such "
+            "checkpoint: give that method save_strategy: steps, and save_steps of which the number is a multiple"
+        )
+    begins = math.ceil(job.options.get("prune_start", PruningArguments.prune_start) * int(job.options["max_steps"]))
+    if "prune_to" in job.options and step >= begins:
+        raise UsageError(
+            f"{job.output_dir.name} prunes from step {begins} on, and would go on from {checkpoint}: name one before"
+        )
+
+
+def check_needs(asked: Iterable[Job], jobs: Iterable[Job], finished: Callable[[Job], Any]) -> None:
+    """Check that what jobs start from is there, or is made with them.
+
+    Raises:
+        UsageError: If not.
+    """
+    places = {job.output_dir: job for job in jobs}
+    made = {job.output_dir for job in asked if finished(job) is None}
+    for job in asked:
+        for place in job.needs if job.output_dir in made else ():
+            done = finished(places[place]) is not None
+            if not done and place not in made:
+                raise UsageError(
+                    f"{job.output_dir.name} needs the run in {place}, which is not finished: let --methods name its "
+                    "method, too"
+                )
+            checkpoint = Path(job.options.get("resume_from_checkpoint", place))
+            if done and checkpoint.parent == place and not checkpoint.is_dir():
+                raise UsageError(f"{checkpoint}, from which {job.output_dir.name} goes on, is gone: remove {place}")
 
 
 def seeds_of(settings: dict[str, Any], plan: dict[str, Any]) -> Any:
@@ -170,14 +220,8 @@ def main() -> None:
         for key, job in jobs.items()
         if key[0] in (args.methods or plan["methods"]) and key[2] in (args.seeds or plan["seeds"])
     }
-    made = {job.output_dir for job in asked.values()}
-    for job in asked.values():
-        for other in jobs.values():
-            if other.output_dir in job.needs and other.output_dir not in made and runner.finished(other) is None:
-                raise UsageError(
-                    f"{job.output_dir.name} needs the run in {other.output_dir}, which is not finished: let --methods "
-                    "name its method, too"
-                )
+    check_needs(asked.values(), jobs.values(), runner.finished)
+    starts = {Path(job.options.get("resume_from_checkpoint", "")) for job in jobs.values() if job.needs}
     earlier = {key: runner.finished(job) for key, job in jobs.items() if key not in asked}
     outcomes: dict[tuple[str, int, int], Any] = {key: result for key, result in earlier.items() if result is not None}
 
@@ -194,6 +238,9 @@ def main() -> None:
             progress.console.print(f"{job.output_dir.name}: {text}", highlight=False)
             progress.advance(task)
             outcomes[keys[job.output_dir]] = result
+            if any(start.parent == job.output_dir for start in starts):
+                for checkpoint in set(job.output_dir.glob("checkpoint-*")) - starts:
+                    shutil.rmtree(checkpoint)
             tabulate(plan, outcomes, directory)
 
         runner.run_all(list(asked.values()), done)

@@ -47,6 +47,8 @@ class SFTArguments(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.metric_for_best_model == "loss":  # of one of the splits
+            self.metric_for_best_model = "validation_loss"
         decay_targets(self)  # raises a ValueError on options that padam does not have, before anything is loaded
 
 

@@ -125,9 +125,7 @@ class PAdam8bit(PAdam):
             lists = [weights[part]], [grads[part]], [moments[0]], [moments[1]]
             backend.step(*lists, scalars, own, kept=kept.setdefault(start, {"moving": True}))
             for moment, new in zip(packed, moments, strict=True):
-                moment.copy_(new)
-            codes = packed[1].codes  # of which the smallest but zero is taken where zero would say: no gradient so far
-            codes += (codes == 0) & (moments[1].view_as(codes) > 0)
+                _pack(moment, new)
         if weights.data_ptr() != tensors[0].data_ptr():  # it was a copy
             tensors[0].copy_(weights.view_as(tensors[0]))
 
@@ -141,5 +139,12 @@ class PAdam8bit(PAdam):
         fresh = self._new_moment(param, name)
         if isinstance(local_tensor(value), self._storage) or not isinstance(local_tensor(fresh), self._storage):
             return value
-        local_tensor(fresh).copy_(local_tensor(value).to(param.device, torch.float32))
+        _pack(local_tensor(fresh), local_tensor(value).to(param.device, torch.float32))
         return fresh
+
+
+def _pack(moment: Any, values: Tensor) -> None:
+    """Store values in a packed moment; of a second moment none that is positive as zero: "no gradient so far"."""
+    moment.copy_(values)
+    if not moment.signed:
+        moment.codes.add_((moment.codes == 0) & (values.view_as(moment.codes) > 0))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from hf_padam import PAdamTrainingArguments
 from hf_padam.resuming.checkpoints import TRAINER_STATE, CheckpointError, check_checkpoint
 from hf_padam.training.options import FIELDS
 
@@ -182,7 +183,7 @@ def _check_values(arguments: Any) -> None:
             raise UsageError(f"--{name} {given[name]} is not in 0 to {2**32 - 1}")
     if not 0 <= given.get("max_grad_norm", 0) <= math.inf:
         raise UsageError(f"--max_grad_norm {given['max_grad_norm']} is not allowed: it must be at least 0")
-    best = getattr(arguments, "metric_for_best_model", None)
+    best = arguments.metric_for_best_model if isinstance(arguments, PAdamTrainingArguments) else None
     if best is not None and best.removeprefix("eval_") not in _METRICS:
         raise UsageError(f"--metric_for_best_model {best} is not one that evaluations report: {', '.join(_METRICS)}")
     if given.get("max_steps", 1) <= 0 and not 0 < given.get("num_train_epochs", 1) < math.inf:

@@ -219,7 +219,7 @@ class Comparison:
 def setting(options: Mapping[str, Any]) -> str:
     """Write a setting's options for people: all but AdamW, which most methods are compared on, and evaluations.
 
-    Nor what is saved on the way and gone on from, which does not change a run.
+    Nor what is saved on the way and gone on from: in a plan that spares steps, and changes no run.
     """
     hidden = {"one_shot", "one_shot_by", "save_strategy", "save_steps", "resume_from_checkpoint"}
     hidden |= {"optim"} if options.get("optim") in ADAMW else set()

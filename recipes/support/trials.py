@@ -125,7 +125,8 @@ class Runner:
     ) -> list[dict[str, Any] | RunFailed]:
         """Run jobs, call `done` after each, and return their results, or how they failed, in order.
 
-        They begin in order, but for those that need one of the others: these wait for it, and fail if it does.
+        They begin in order, but for those that need one of the others: these wait for it, and fail if it does. No two
+        may need each other.
 
         Raises:
             UsageError: Of the first job that cannot begin; no other one is started then.
@@ -141,9 +142,6 @@ class Runner:
                     for job in ready[: self.jobs - len(running)]:
                         waiting.remove(job)
                         running[pool.submit(self._run_after, job, outcomes)] = job
-                    if not running:
-                        names = ", ".join(job.output_dir.name for job in waiting)
-                        raise UsageError(f"runs that need each other cannot begin: {names}")
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         job = running.pop(future)
                         try:
@@ -158,7 +156,7 @@ class Runner:
         return [outcomes[job.output_dir] for job in jobs]
 
     def _run_after(self, job: Job, outcomes: Mapping[Path, dict[str, Any] | RunFailed]) -> dict[str, Any]:
-        for place in job.needs:
+        for place in job.needs if self.finished(job) is None else ():
             if isinstance(outcomes.get(place), RunFailed):
                 raise RunFailed(f"the run in {job.output_dir} needs that in {place}, which failed")
         return self.run(job)

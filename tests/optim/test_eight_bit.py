@@ -72,6 +72,11 @@ def test_a_second_moment_that_eight_bits_round_to_zero_is_no_missing_gradient():
     assert (second[:, 1] == 0).all()
     assert (second[:, 2:] > 0).all() and (second[:, 2:] < 1e-6 * second[:, :1]).all()
 
+    full = PAdam([param], **HYPERPARAMETERS, backend="eager")
+    full.step()
+    optimizer.load_state_dict(full.state_dict())  # packs the moments
+    assert (optimizer.state[param]["exp_avg_sq"].dequantize() > 0).sum() == SMALLEST * 255 // 256
+
 
 def test_state_takes_two_bytes_a_parameter():
     param = torch.nn.Parameter(torch.randn(1024, 1024))

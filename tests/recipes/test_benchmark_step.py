@@ -41,6 +41,13 @@ def test_all_contenders_are_timed(rows):
     assert {("Trainer padam", None), ("Trainer adamw_torch_fused", None)} <= timed
 
 
+def test_the_memory_of_training_is_that_of_weights_gradients_and_states_and_a_teachers_weights_more(rows):
+    peaks = {row["optimizer"]: row.get("peak_bytes") for row in rows}
+    size = 4 * sum(p.numel() for p in benchmark_step.build("tiny").parameters())
+    assert peaks["Trainer padam"] >= 4 * size
+    assert peaks["Trainer padam, distilled"] >= peaks["Trainer padam"] + 0.9 * size
+
+
 def test_the_two_pass_method_holds_a_copy_of_the_parameters(rows):
     extra = {row["optimizer"]: row["peak_extra_bytes"] for row in rows}
     assert extra["two-pass"] > 100_000

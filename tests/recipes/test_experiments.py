@@ -223,7 +223,7 @@ def test_all_at_once_then_recovery():
 
 def test_pruning_does_not_go_on_from_a_checkpoint_that_has_missed_it():
     """Its zeros would never be made, or fewer than were asked for in the steps before."""
-    dense, sparse = nn.Parameter(torch.rand(10) + 1), nn.Parameter(torch.tensor([0.0] * 5 + [1.0] * 5))
+    dense, sparse = nn.Parameter(torch.rand(10) + 1), nn.Parameter(torch.tensor([0.0] + [1.0] * 9))
 
     def begin(params: nn.Parameter, step: int, *plan) -> None:
         state = TrainerState(global_step=step, max_steps=20)
@@ -504,12 +504,13 @@ def test_a_sweep_goes_on_after_it_was_killed(tmp_path, text_file):
 
 def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkeypatch, capsys):
     """Of the same seed and number of steps; the checkpoint to go on from alike."""
+    saves = {"save_strategy": "steps", "save_steps": 3}
     plan = {
         "title": "t", "recipe": "finetune_clm.py", "seeds": [0, 1],
         "options": {"model_name_or_path": "m", "train_file": str(tmp_path / "f.txt"), "max_steps": 5},
         "methods": {
             "both": [{"distill_from": "AdamW", "resume_from_checkpoint": "taught/checkpoint-3", "weight_decay": 0.5}],
-            "taught": [{"distill_from": "AdamW", "max_steps": 9}, {"distill_from": "AdamW"}],
+            "taught": [{"distill_from": "AdamW", "max_steps": 9}, {"distill_from": "AdamW", **saves}],
             "AdamW": [{"optim": "adamw_torch"}, {"optim": "adamw_torch", "max_steps": 9}],
             "from a file": [{"distill_from": "some/model", "resume_from_checkpoint": "some/checkpoint-1"}],
         },
@@ -524,7 +525,13 @@ def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkey
             ran.append(job)
             if job.output_dir.name == failing:
                 raise RunFailed("no")
+            for step in (3, 5):
+                (job.output_dir / f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
             return {"validation_loss": 1.0, "sparsity": 0.0}
+
+        @staticmethod
+        def finished(job):
+            return {} if job.output_dir.name in finished else None
 
     def run(*options: str) -> int:
         ran.clear()
@@ -538,8 +545,11 @@ def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkey
     monkeypatch.setattr(compare, "Runner", Runner)
     monkeypatch.setattr(compare, "tabulate", lambda *args: None)
     monkeypatch.chdir(tmp_path)
-    failing = ""
+    failing, finished = "", set()
     assert run("--jobs", "3") == 0
+    left = {place.name for place in Path("runs/plan/taught_distill_from_adamw-seed0").iterdir()}
+    assert left == {"checkpoint-3"}, "what nobody goes on from is deleted, where one is gone on from"
+    assert len(list(Path("runs/plan/adamw-seed0").iterdir())) == 2
     keys = ("distill_from", "resume_from_checkpoint")
     starts = [tuple(job.options.get(key, "").removeprefix("runs/plan/") for key in keys) for job in ran]
     order = [job.output_dir.name for job in ran]
@@ -558,10 +568,28 @@ def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkey
     assert len(ran) == 12 - 2, "what needs it, and what needs that"
     assert run("--methods", "taught") == 2 and not ran
     assert re.search("needs the run in runs/plan/adamw.*not finished: let --methods", capsys.readouterr().err)
-    plan["methods"]["AdamW"][0]["distill_from"] = "taught"
-    file.write_text(yaml.safe_dump(plan, sort_keys=False))
-    assert run() == 2
-    assert "need each other" in capsys.readouterr().err
+    failing, finished = "", {"taught_distill_from_adamw-seed0"}
+    Path("runs/plan/taught_distill_from_adamw-seed0/checkpoint-3").rmdir()
+    assert run("--seeds", "0") == 2 and not ran
+    assert "is gone: remove runs/plan/taught" in capsys.readouterr().err
+    finished.add("both_distill_from_adamw_weight_decay_0.5-seed0")
+    assert run("--seeds", "0", "--methods", "both") == 0, "what it needed matters no more"
+
+    taught, both, dense = plan["methods"]["taught"][1], plan["methods"]["both"][0], plan["methods"]["AdamW"][0]
+    for changed, options, message in (
+        (dense, {"distill_from": "taught"}, "runs that need each other: "),
+        (taught, {"save_steps": 2}, "which saves no such checkpoint"),
+        (taught, {"save_total_limit": 1}, "which saves no such checkpoint"),
+        (both, {"resume_from_checkpoint": "taught"}, "which saves no such checkpoint"),
+        (both, {"prune_to": 0.5}, "prunes from step 1 on"),
+    ):
+        kept = dict(changed)
+        changed |= options
+        file.write_text(yaml.safe_dump(plan, sort_keys=False))
+        assert run() == 2 and not ran
+        assert message in capsys.readouterr().err
+        changed.clear()
+        changed |= kept
 
 
 @pytest.mark.slow
