@@ -27,10 +27,10 @@ from .hyperparameters import (
     named,
     plain,
 )
-from .importance import SCALE, unpacked, update_scale
+from .importance import SCALE, SCALE_STATE, unpacked, update_scale
 from .padam import PAdam, unwrap
 from .plan import gradients
-from .update import FLUSH_THRESHOLD, Form, Scalars, inverse_factor, prepare
+from .update import FLUSH_THRESHOLD, YOUNG_STEPS, Form, Scalars, inverse_factor, prepare
 
 _NOT_OURS: dict[str, Any] = {"betas": (0.0, 0.0), "eps": 1.0, "weight_decay": 0.0}
 """What `prepare` takes besides, and the decay does not depend on: these are the business of the optimizer."""
@@ -153,7 +153,7 @@ class _PNormDecay:
         update_scale(optimizer)
         closure = _closure(args, kwargs)
         for group in optimizer.param_groups:
-            decays = decay_scalars(group).form is not Form.NONE
+            decays = decay_scalars(group, YOUNG_STEPS + 1).form is not Form.NONE
             for param in group["params"]:
                 # A closure computes the gradients later.
                 if (_has_gradient(param) or closure and param.requires_grad) and decays:
@@ -273,6 +273,7 @@ def _divide(
     parts = []
     for kind in kinds:
         part = group | {"p_norm": p_norm, "lambda_p": lambda_p if kind else 0.0, "importance": importance}
+        part |= SCALE_STATE if importance == "fisher" else {}
         for key in ("params", "param_names"):  # aligned lists
             if key in group:
                 part[key] = [item for item, decay in zip(group[key], decays, strict=True) if decay is kind]

@@ -26,6 +26,9 @@ REFERENCE = "reference"
 SCALE, SCALE_STEP = "importance_scale", "importance_step"
 """Keys of a group under "fisher": mu, and after how many steps it was computed."""
 
+SCALE_STATE = {SCALE: 1.0, SCALE_STEP: 0}
+"""Where they start. They are there from the beginning: what a group lacks, FSDP does not load into it."""
+
 _GROWTH = 1.2
 """mu is computed anew when the number of steps has grown by this factor: 16 times in the first 200 steps, 50 times in
 100,000. It takes as long as a step or two, and on a GPU the host waits for it."""
@@ -96,7 +99,12 @@ class Measured(NamedTuple):
 
 
 def measure(
-    optimizer: Optimizer, groups: Iterable[dict[str, Any]], scale: float | Tensor = 1.0, *, spare_young: bool = False
+    optimizer: Optimizer,
+    groups: Iterable[dict[str, Any]],
+    scale: float | Tensor = 1.0,
+    *,
+    known: int = 1,
+    spare_young: bool = False,
 ) -> list[Measured]:
     """Return what the sizes of the trainable weights of some groups come from.
 
@@ -104,6 +112,7 @@ def measure(
         optimizer: `PAdam`, or a relative of Adam that keeps `exp_avg_sq`.
         groups: Of the optimizer.
         scale: mu; or a tensor with it, which is not read here.
+        known: After how many steps of a parameter its second moments count; before, its sizes are infinite.
         spare_young: Under "fisher" let those weights too have infinite sizes that have had just a few gradients, and
             that the step to come would leave alone.
     """
@@ -122,7 +131,7 @@ def measure(
             if group.get("importance") == "fisher":
                 second = weight.new_zeros(())
                 state = optimizer.state.get(param) or {}
-                if "exp_avg_sq" in state and state["step"] > 0:  # 0 if its first step has failed
+                if "exp_avg_sq" in state and state["step"] >= max(1, known):  # 0 if its first step has failed
                     second = unpacked(state["exp_avg_sq"])
                     if grad is not None:
                         latest = [(unpacked(state["exp_avg"]), 1.0), (grad, 0.5)]
@@ -180,7 +189,8 @@ def check_steered(group: Mapping[str, Any]) -> None:
     Raises:
         RuntimeError: If not: its decay would know no end.
     """
-    if group["lambda_p"] > 0 and REFERENCE not in group and group.get("target_sparsity") is not None:
+    decays = group["lambda_p"] > 0 and float(group["lr"]) > 0  # not in the step in which FSDP creates a state to load
+    if decays and REFERENCE not in group and group.get("target_sparsity") is not None:
         raise RuntimeError(
             f"a parameter group has target_sparsity={group['target_sparsity']!r}, and nothing steers it there: all of "
             "its weights would die. Make TargetSparsity(optimizer, total_steps=...) before the first step, or take "
@@ -204,7 +214,8 @@ def update_scale(optimizer: Optimizer, taken: int | None = None) -> None:
         taken = max([int(state["step"]) for state in states if state], default=0)
     if taken < YOUNG_STEPS:
         return
-    if any(SCALE not in group for group in pool) or (pool and taken >= _GROWTH * pool[0][SCALE_STEP]):
-        scale = float(fisher_scale(measure(optimizer, pool)))
+    if any(taken >= _GROWTH * group.get(SCALE_STEP, 0) for group in pool):
+        measured = measure(optimizer, pool)
+        scale = float(fisher_scale(measured)) if measured else 1.0  # all frozen
         for group in pool:
             group |= {SCALE: scale, SCALE_STEP: taken}

@@ -29,9 +29,10 @@ from .hyperparameters import (
     plain,
     plain_group,
 )
-from .importance import REFERENCE, SCALE, check_steered, needs_scale, update_scale
+from .importance import REFERENCE, SCALE, SCALE_STATE, check_steered, needs_scale, update_scale
 from .plan import MOMENTS, Plan, Tensors, check_dense, gradients
 from .random_bits import Rounding, random_key
+from .target_options import STATE
 from .update import Scalars, initial_s, prepare
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,10 @@ class PAdam(Optimizer):
         groups = with_exemptions(params, weight_decay)
         said = says_lambda_p(groups)  # before torch adds the defaults
         super().__init__(groups, defaults)
+        for group in self.param_groups:
+            kept = SCALE_STATE if group["importance"] == "fisher" else {}
+            kept = kept | (STATE if group.get("target_sparsity") is not None else {})
+            group.update({name: value for name, value in kept.items() if name not in group})
         setattr(self, CHOSEN, {i for i in said if "param_names" in self.param_groups[i]})
         self._built = True
         warn_of_vectors(self.param_groups)

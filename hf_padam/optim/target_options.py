@@ -13,6 +13,19 @@ DEFAULT_START, DEFAULT_END = 0.2, 0.75
 
 SCOPES = ("global", "layer")
 
+STATE = {
+    "target_step": 0,  # steps taken
+    "target_reference": 0.0,  # what the decay is to be now, as `REFERENCE`
+    "target_initial": -1.0,  # share of zeros before the first step, in the pool; -1: not counted yet
+    "target_arrives": 0.0,  # share of zeros at the end of the ramp, in the pool; 0: as asked for
+    "target_met": 0.0,  # the target whose ramp is over; 0 before
+    "target_counted": (),  # the numbers, in the group, of the parameters that it was met over
+    "target_zeroed": 0,  # weights that were zeroed at the end of the ramp, in the pool
+    "target_threshold": 0.0,  # their sizes were not above this
+}
+"""What steering keeps in the keys of its groups, and where it starts. It is there from the beginning: what a group
+lacks, FSDP does not load into it."""
+
 
 def check_steerable(group: Mapping[str, Any]) -> None:
     """Check that zeros can be made with a parameter group's options, and that they stay.

@@ -37,7 +37,7 @@ from .importance import REFERENCE, SCALE, Measured, fisher_scale, measure
 from .padam import PAdam, unwrap
 from .patterns import PATTERN, check_blocks, missing_in_blocks, zero_in_blocks_
 from .quantiles import histogram, quantile, zero_below_, zero_smallest_
-from .target_options import DEFAULT_END, DEFAULT_START, check_plan, check_ramp, check_steerable
+from .target_options import DEFAULT_END, DEFAULT_START, STATE, check_plan, check_ramp, check_steerable
 from .update import YOUNG_STEPS
 
 logger = logging.getLogger(__name__)
@@ -54,21 +54,9 @@ _UPDATES, _PRUNINGS = 200, 50
 _SAMPLE, _POOL_SAMPLE = 2**22, 2**18
 """Elements that quantiles are estimated from, at least: of all steered tensors, and of those that arrive together."""
 
-_LAST = 0.002
-"""Share of zeros that the decay leaves to the end of the ramp, which meets the target exactly: so much may a quantile
-be wrong, or die between two of them."""
-
-STATE = {
-    "target_step": 0,  # steps taken
-    "target_reference": 0.0,  # what the decay is to be now, as `REFERENCE`
-    "target_initial": -1.0,  # share of zeros before the first step, in the pool; -1: not counted yet
-    "target_arrives": 0.0,  # share of zeros at the end of the ramp, in the pool; 0: as asked for
-    "target_met": 0.0,  # the target whose ramp is over; 0 before
-    "target_counted": (),  # the numbers, in the group, of the parameters that it was met over
-    "target_zeroed": 0,  # weights that were zeroed at the end of the ramp, in the pool
-    "target_threshold": 0.0,  # their sizes were not above this
-}
-"""What is kept in the keys of the steered groups, and where it starts."""
+_LAST, _DEVIATIONS = 0.002, 5
+"""Share of zeros that the decay leaves to the end of the ramp, which meets the target exactly: so much may die between
+two quantiles; and how many standard deviations of a quantile, where a small sample makes that more."""
 
 EARLIER_STATE = "target_decay"
 """What versions before 0.2 kept in the place of "target_reference"."""
@@ -85,8 +73,9 @@ class TargetSparsity:
         optimizer = PAdam(get_param_groups(model, target_sparsity=0.7), lr=1e-3)
         TargetSparsity(optimizer, total_steps=len(loader) * epochs)
 
-    The groups whose `lambda_p` is positive are steered; their `lambda_p` becomes a result. Frozen weights are neither
-    changed nor counted while they are frozen: with what thaws after the ramp the target is met anew, at once.
+    The groups whose `lambda_p` is positive are steered; their `lambda_p` becomes a result. Frozen weights, which have
+    no gradients (``zero_grad(set_to_none=True)``), are neither changed nor counted while they are frozen: with what
+    thaws after the ramp the target is met anew, at once.
     All state is in keys of these groups, so it is saved and restored with the optimizer's state, and a resumed run
     goes on exactly.
 
@@ -346,10 +335,11 @@ class TargetSparsity:
         horizon = max(self.interval, min(math.ceil(_HORIZON * (self.last - self.first)), self.last - step))
         if _prunes(pool):
             horizon = self.interval
-        ahead = min(self.planned(step + horizon, pool[0]["target_initial"], target), target - _LAST)
         sample = max(
             _POOL_SAMPLE // len(_params(pool)), _SAMPLE // sum(len(_params(other)) for other in self._pools())
         )
+        last = max(_LAST, _DEVIATIONS * 0.5 / math.sqrt(sample * len(_params(pool))))
+        ahead = min(self.planned(step + horizon, pool[0]["target_initial"], target), target - last)
         mu = self._scale(pool, sample)
         measured = self._measured(pool, mu, spare_young=_prunes(pool))
         counts, _, zeros, scale = histogram(measured, sample, mu)
@@ -380,13 +370,15 @@ class TargetSparsity:
         """Measure a pool's weights; if they are not all of one importance, in units that compare."""
         if mu is None and len({group["importance"] for group in pool}) > 1:
             mu = self._scale(pool)
-        return measure(self.optimizer, pool, 1.0 if mu is None else mu, spare_young=spare_young)
+        known = min(YOUNG_STEPS, self.first)  # short trainings have to do with less
+        return measure(self.optimizer, pool, 1.0 if mu is None else mu, known=known, spare_young=spare_young)
 
     @torch.no_grad()
     def _zero_the_rest(self, pool: list[dict[str, Any]]) -> None:
         """Zero the smallest weights until the target is met: what the decay did not get to."""
         (before, elements), target = _zeros(pool), self._target(pool[0])
-        measured = self._measured(pool)
+        # Where all die at once, none has been spared so far. (Elsewhere the few that are left are of the others.)
+        measured = self._measured(pool, spare_young=self.at_once)
         if self._blocks(pool[0]):
             _, threshold = zero_in_blocks_(measured, pool, 1.0)
         else:

@@ -10,8 +10,10 @@ from typing import Any
 from accelerate.utils import DistributedType
 from torch.optim import Optimizer
 
+from ..optim.importance import SCALE_STATE
 from ..optim.schedules import FINAL
-from ..optim.target_sparsity import EARLIER_STATE, STATE
+from ..optim.target_options import STATE
+from ..optim.target_sparsity import EARLIER_STATE
 from .checkpoints import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -21,7 +23,7 @@ def hyperparameters(optimizer: Optimizer) -> dict[str, list[Any]]:
     """Return the hyperparameters of an optimizer's groups, by name: those that schedules move, as they do not."""
     groups = [{**group, "lr": group.get("initial_lr", group["lr"])} for group in optimizer.param_groups]
     groups = [group | ({"p_norm": group[FINAL]} if FINAL in group else {}) for group in groups]
-    names = set(groups[0]) - {"params", "param_names", "initial_lr", FINAL, *STATE, EARLIER_STATE}
+    names = set(groups[0]) - {"params", "param_names", "initial_lr", FINAL, *STATE, *SCALE_STATE, EARLIER_STATE}
     names -= {"target_pool"}  # which follows from the others, and from the parameters
     if {"target_sparsity", "target_step"} & set(groups[0]):
         names.remove("lambda_p")  # a result

@@ -72,15 +72,21 @@ def check_decay_options(args: Any) -> None:
         raise ValueError(f"lambda_p={args.lambda_p!r} does not go with optim={name!r}: {why}. Choose another optim")
 
 
-def check_deepspeed(config: dict[str, Any]) -> None:
+def check_deepspeed(config: dict[str, Any], importance: str) -> None:
     """Check that DeepSpeed takes the optimizer that the decay is added to.
 
     Args:
         config: DeepSpeed's configuration.
+        importance: Of the decay.
 
     Raises:
-        ValueError: If it makes one of its own.
+        ValueError: If it makes one of its own, or the decay is by Fisher importance.
     """
+    if importance == "fisher":
+        raise ValueError(
+            "importance='fisher' does not work under DeepSpeed, which hands the optimizer pieces of weights joined "
+            "together: use FSDP2 (recipes/accelerate/fsdp2.yaml), or importance=magnitude"
+        )
     if "optimizer" in config:
         key = "an optimizer section"
     else:

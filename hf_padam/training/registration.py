@@ -68,11 +68,14 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
         options[key] = value
     options = with_defaults(options)
     check_target(options | {"p_norm_schedule": typed.p_norm_schedule})
-    if has_target(options) and (os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or args.deepspeed):
-        raise ValueError(
-            "target_sparsity does not work under DeepSpeed, which hands the optimizer pieces of weights joined "
-            "together: use FSDP2 (recipes/accelerate/fsdp2.yaml), or give lambda_p"
-        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or args.deepspeed:
+        by_fisher = options["importance"] == "fisher" and options["lambda_p"] != 0
+        what = "target_sparsity" if has_target(options) else "importance='fisher'" if by_fisher else None
+        if what is not None:
+            raise ValueError(
+                f"{what} does not work under DeepSpeed, which hands the optimizer pieces of weights joined together: "
+                "use FSDP2 (recipes/accelerate/fsdp2.yaml), or give lambda_p, and importance=magnitude"
+            )
     options.update(
         optimizer_class=optimizer_class,
         lambda_p=DEFAULT_LAMBDA_P if options["lambda_p"] is None else options["lambda_p"],

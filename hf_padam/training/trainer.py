@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ from .distilling_trainer import DistillingTrainer
 from .gradients import UnreadNorms, check_gradient_norm, leaves_out_steps
 from .metrics import WeightSparsity, following
 from .options import SCHEDULE, options_of
-from .other_optimizers import asks_for_decay, attach_decay, check_deepspeed
+from .other_optimizers import asks_for_decay, attach_decay, check_deepspeed, decay_of
 from .param_groups import remember_choice
 from .perplexity import PerplexityMeter, own_loss
 from .registration import OPTIMIZERS
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 _ADDED_DECAY = "added_decay"
 """Among the settings that a checkpoint keeps: whether a p-norm decay was added to an optimizer other than PAdam."""
+
+_WRAPPER = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+"""What is in parameters' names while FSDP, its activation checkpointing or torch.compile have wrapped a model."""
 
 _DECAYED = "decayed_weights"
 """Another of them: which weights the p-norm decay acts on, if there is one."""
@@ -69,7 +73,8 @@ class PAdamTrainer(DistillingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer; add a p-norm decay if the arguments ask for one and it is not PAdam."""
         if asks_for_decay(self.args) and self.is_deepspeed_enabled:
-            check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            check_deepspeed(config, decay_of(self.args)["importance"])
         if self._optimizer_given and self.is_world_process_zero():
             warn_of_unused_options(self.args)
         optimizer = super().create_optimizer(model)
@@ -101,6 +106,7 @@ class PAdamTrainer(DistillingTrainer):
             assert self.model is not None
             chosen = set(self.decayed_names())
             names = [name for name, _ in self.model.named_parameters() if name in chosen]  # whatever the groups' order
+            names = [_WRAPPER.sub("", name) for name in names]
             digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
             settings[_DECAYED] = f"{len(names)} weights (hash of their names: {digest[:8]})"
         return settings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,7 +15,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from processes import leave
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
@@ -68,6 +76,43 @@ def train(model: nn.Module, optimizer: PAdam, first_step: int = 0, last_step: in
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x), x.sum(1, keepdim=True)).backward()
         optimizer.step()
+
+
+def resumed_through_torch(full: bool, target: float | None) -> float:
+    """Stop half way, and go on with what torch's functions have saved and loaded, as accelerate calls them for FSDP2.
+
+    They fill a new optimizer's groups, which have no other keys than those that they begin with. Returns how far the
+    weights are from those of a run that was not stopped.
+    """
+
+    def begin() -> tuple[nn.Module, PAdam]:
+        model = with_fully_shard()
+        options = {"lr": 1e-2, "importance": "fisher", "p_norm": -math.inf if target else 0.5}
+        return model, PAdam(get_param_groups(model, target_sparsity=target), **options)
+
+    def steer(optimizer: PAdam) -> None:
+        if target:
+            TargetSparsity(optimizer, total_steps=30, start=0.4)
+
+    models = []
+    for stops in (False, True):
+        model, optimizer = begin()
+        steer(optimizer)
+        train(model, optimizer, 0, 17)
+        if stops:
+            options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+            state, weights = get_optimizer_state_dict(model, optimizer, options=options), model.state_dict()
+            state = copy.deepcopy(state)
+            model, optimizer = begin()
+            model.load_state_dict(weights)
+            if full and dist.get_rank():
+                state = {}
+            options = StateDictOptions(full_state_dict=full, broadcast_from_rank0=full)
+            set_optimizer_state_dict(model, optimizer, optim_state_dict=state, options=options)
+            steer(optimizer)
+        train(model, optimizer, 17, 30)
+        models.append(full_weights(model))
+    return difference_of(*models)
 
 
 def save(path: Path, model: nn.Module, optimizer: PAdam) -> None:
@@ -147,6 +192,11 @@ def main(directory: str) -> dict:
     load(Path(directory) / "one", model, optimizer)
     train(model, optimizer, STEPS // 2)
     differences["from_one"] = difference(model, whole)
+    resumed = {
+        f"{'full' if full else 'sharded'}, {target}": resumed_through_torch(full, target)
+        for full in (False, True)
+        for target in (None, 0.5)
+    }
     try:
         refusal = str(get_param_groups(FSDP(OddModel(), device_id=torch.device("cpu"))))
     except ValueError as error:
@@ -164,6 +214,7 @@ def main(directory: str) -> dict:
         "targets": {way: share for way, (share, _) in targets.items()},
         "target_difference": difference_of(targets["fully_shard"][1], torch.load(Path(directory) / "target.pt")),
         "shards_of_last": empty,
+        "resumed": resumed,
         "refusal": refusal,
         "zero3_refusal": zero3_refusal,
         "step_is_a_cpu_scalar": type(state["step"]) is Tensor and state["step"].shape == (),

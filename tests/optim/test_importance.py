@@ -118,6 +118,71 @@ def test_none_dies_by_its_first_few_gradients_whenever_they_come(how, beta2, mos
     assert (after[:7] == 0).float().mean() < most
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_none_dies_by_its_first_gradients_in_a_ramp_that_has_begun(at_once):
+    """A layer thaws, or an expert of its own is first routed to, in mid-ramp: its weights die as others do."""
+    torch.manual_seed(0)
+    old, young = (nn.Parameter(torch.randn(SHAPE)) for _ in range(2))
+    optimizer = PAdam([old, young], lr=1e-5, p_norm=-math.inf, importance="fisher")
+    TargetSparsity(optimizer, 0.5, 100, start=0.5, end=0.5 if at_once else 0.7)
+    first = 45 if at_once else 55
+    for step in range(70):
+        old.grad = noisy(step, torch.ones(()))
+        young.grad = None if step < first else noisy(1000 + step, torch.ones(()))
+        if young.grad is not None and step < first + 5:
+            young.grad[:20] *= 1e-6
+        optimizer.step()
+        if step == first + 8:
+            shares = [float((half == 0).float().mean()) for half in (young[:20], young[20:])]
+            assert abs(shares[0] - shares[1]) < 0.15, shares
+    assert ((old == 0).sum() + (young == 0).sum()) / (2 * old.numel()) == 0.5
+
+
+def test_an_expert_that_is_new_where_all_die_at_once_is_not_lost():
+    """In a stack of experts one number of steps is that of all."""
+
+    def gradient(step, spread):
+        grad = noisy(step, torch.ones(()))
+        if step < 98:
+            grad[:7] = 0
+        return grad
+
+    options = {"steer": 0.5, "total": 200, "start": 0.5, "end": 0.5, "p_norm": -math.inf}
+    weight, _ = trained(101, gradient=gradient, eps=1e-8, **options)
+    assert (weight[:7] == 0).float().mean() < 0.75 and (weight == 0).float().mean() == 0.5
+
+
+@pytest.mark.parametrize("p_norm", [2.0, 3.0])
+def test_an_added_decay_of_any_p_begins_as_padams_does(p_norm):
+    weights = [nn.Parameter(torch.full(SHAPE, 0.5)) for _ in range(2)]
+    options = dict(p_norm=p_norm, lambda_p=0.5, importance="fisher")
+    padam, adam = PAdam(weights[:1], lr=1e-2, **options), torch.optim.Adam(weights[1:], lr=1e-2)
+    add_pnorm_decay(adam, **options)
+    for step in range(30):
+        for weight, optimizer in zip(weights, (padam, adam), strict=True):
+            weight.grad = noisy(step, torch.ones(()))
+            optimizer.step()
+    plain = nn.Parameter(torch.full(SHAPE, 0.5))
+    undecayed = torch.optim.Adam([plain], lr=1e-2)
+    for step in range(30):
+        plain.grad = noisy(step, torch.ones(()))
+        undecayed.step()
+    gone = (plain - weights[0]).mean().item()
+    assert gone > 0.005 and (plain - weights[1]).mean().item() == pytest.approx(gone, rel=0.1)
+
+
+def test_while_all_is_frozen_no_scale_is_asked_for():
+    weight, head = nn.Parameter(torch.randn(SHAPE)), nn.Parameter(torch.randn(4))
+    optimizer = torch.optim.AdamW([{"params": [weight]}, {"params": [head]}])
+    add_pnorm_decay(optimizer, lambda_p=1e-3, importance="fisher", params=[weight])
+    for step in range(40):
+        weight.requires_grad_(not 15 <= step < 25)  # 15: the scale is due
+        weight.grad = noisy(step, torch.ones(())) if weight.requires_grad else None
+        head.grad = torch.ones(4)
+        optimizer.step()
+    assert optimizer.param_groups[0]["importance_scale"] != 1
+
+
 def test_a_needed_weight_whose_first_three_gradients_happen_to_be_tiny_lives():
     def gradient(step, spread):
         grad = noisy(step, torch.ones(()))

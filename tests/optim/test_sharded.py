@@ -47,6 +47,12 @@ def test_a_target_is_one_of_all_shards(trained):
     assert result["target_difference"] < TOLERANCE
 
 
+def test_what_torch_saves_for_fsdp2_and_loads_into_new_groups_goes_on_exactly(trained):
+    """The steps and the target that steering has reached, and the scale of importance, are with them on all shards."""
+    *_, result = trained
+    assert result["resumed"] == dict.fromkeys(["sharded, None", "sharded, 0.5", "full, None", "full, 0.5"], 0.0)
+
+
 def test_parameters_that_fsdp1_flattened_are_refused(trained):
     assert "fsdp_use_orig_params: true" in trained[-1]["refusal"]
 

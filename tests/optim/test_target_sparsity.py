@@ -189,6 +189,24 @@ def test_each_group_alone_or_all_together():
         assert (max(abs(s - 0.6) for s in shares) < 0.01) is per_group, shares
 
 
+def test_each_tensor_is_met_to_the_weight_though_its_quantile_is_that_of_a_sample(monkeypatch):
+    """Were a sample's error larger than what is left to the end, some tensors of many would end above their target."""
+    monkeypatch.setattr("hf_padam.optim.target_sparsity._SAMPLE", 2**10)
+    monkeypatch.setattr("hf_padam.optim.target_sparsity._POOL_SAMPLE", 2**10)
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(100, 200, generator=generator)) for _ in range(100)]
+    optimizer = PAdam(params, lr=1e-6, p_norm=-math.inf)
+    optimizer.param_groups[0]["params"], rest = params[:1], params[1:]
+    for param in rest:
+        optimizer.add_param_group({"params": [param]})
+    TargetSparsity(optimizer, 0.5, 10, per_group=True)
+    for _ in range(10):
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        optimizer.step()
+    assert {int((param == 0).sum()) for param in params} == {10_000}
+
+
 def test_a_structure_in_the_columns_does_not_mislead_the_sample():
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(1024, 1024))

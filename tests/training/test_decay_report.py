@@ -8,6 +8,7 @@ from conftest import blocks, tiny_llama
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import logging
 
 from hf_padam import (
@@ -203,3 +204,16 @@ def test_packed_weights_are_not_counted_by_the_byte():
 def test_resuming_a_run_that_decayed_other_weights_says_so_and_why_that_may_be():
     with pytest.raises(CheckpointError, match="decayed other weights.*decay_embeddings.*earlier version of hf_padam"):
         check_decayed("checkpoint-10", "20 weights (hash of their names: a)", "14 weights (hash of their names: b)")
+
+
+def test_names_that_a_wrapper_has_changed_are_the_same_weights(tmp_path):
+    """A checkpoint is saved with the model wrapped, by FSDP for example, and resumed before it is."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    trainer = padam_trainer(tmp_path, tiny_llama())
+    plain = trainer._settings()["decayed_weights"]
+    apply_activation_checkpointing(trainer.model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+    assert any("_checkpoint_wrapped_module" in name for name in trainer.decayed_names())
+    assert trainer._settings()["decayed_weights"] == plain
+    trainer.model = torch.compile(trainer.model)
+    assert trainer._settings()["decayed_weights"] == plain

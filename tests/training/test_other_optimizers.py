@@ -153,7 +153,9 @@ def test_an_optimizer_of_the_users_own_decays_once(tmp_path):
 )
 def test_an_optimizer_that_deepspeed_makes_is_refused(config, refused):
     if refused is None:
-        check_deepspeed(config)
+        check_deepspeed(config, "magnitude")
+        with pytest.raises(ValueError, match="importance='fisher' does not work under DeepSpeed"):
+            check_deepspeed(config, "fisher")
     else:
         with pytest.raises(ValueError, match=f"DeepSpeed's own optimizer: its configuration has {refused}"):
-            check_deepspeed(config)
+            check_deepspeed(config, "magnitude")
