@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.parameter import is_lazy
+
+_WRAPPER = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+
 
 NEAR_ZERO = 1e-8
 """Default threshold below which the magnitude of a non-zero weight counts as near zero."""
@@ -147,7 +151,10 @@ def count_zeros(
             comparable = _comparable(local)
             counts = [zeros_in(comparable)]
             if near_zero is not None:
-                counts.append(torch.count_nonzero(comparable.abs() < near_zero) - counts[0])
+                magnitudes = comparable.abs()
+                if magnitudes.dtype == torch.float16:  # knows no number so small, but zero
+                    magnitudes = magnitudes.float()
+                counts.append(torch.count_nonzero(magnitudes < near_zero) - counts[0])
         else:
             unreadable.add(name)
             device = torch.device("cpu") if local.is_meta else device
@@ -179,8 +186,17 @@ def count_zeros(
 def count_model_zeros(
     model: nn.Module, decayed: Collection[str] = (), near_zero: float | None = None
 ) -> list[TensorCount]:
-    """Count the zeros of every parameter of a model, frozen ones included and tied ones once; see `count_zeros`."""
-    return count_zeros(dict(model.named_parameters()), decayed, near_zero)
+    """Count the zeros of every parameter of a model, frozen ones included and tied ones once; see `count_zeros`.
+
+    Names are compared as they are without wrappers, be the model wrapped, or have been when `decayed` was made.
+    """
+    tensors = {bare_name(name): param for name, param in model.named_parameters()}
+    return count_zeros(tensors, set(map(bare_name, decayed)), near_zero)
+
+
+def bare_name(name: str) -> str:
+    """Return a parameter's name without what FSDP, its activation checkpointing and torch.compile put into it."""
+    return _WRAPPER.sub("", name)
 
 
 def summarize(counts: Iterable[TensorCount]) -> dict[str, float | int | None]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from support import report
 from support.arguments import DataArguments, ModelArguments, check_output_dir, check_resume, parse_arguments
 from support.data import load_blocks
@@ -37,7 +37,7 @@ from hf_padam.resuming.checkpoints import claimed
 from hf_padam.resuming.interruption import EXIT_STATUS, StopSignal
 from hf_padam.training.gradients import check_gradient_norm
 from hf_padam.training.lost_updates import warn_of_lost_updates
-from hf_padam.training.options import has_target, with_defaults
+from hf_padam.training.options import check_under_deepspeed, has_target, with_defaults
 from hf_padam.training.param_groups import remember_choice
 from hf_padam.training.perplexity import PerplexityMeter, own_loss
 from hf_padam.training.uneven_ends import rows_that_count
@@ -80,6 +80,8 @@ def main() -> None:
     # 1. Two parameter groups; that is all there is to PAdam in a loop of one's own.
     try:
         decay = with_defaults(vars(args))
+        if accelerator.distributed_type == DistributedType.DEEPSPEED and args.lambda_p != 0:
+            check_under_deepspeed(decay["importance"], has_target(decay))
         which = {key: getattr(args, key) for key in ("decay_embeddings", "dense_modules", "target_sparsity")}
         groups = get_param_groups(
             model,

@@ -113,7 +113,8 @@ def main() -> None:
 
     # 3. Test perplexities: of the base, to which adapters add nothing at first; adapted; merged; with the zeros again.
     def test() -> float:
-        return trainer.evaluate(splits["test"], metric_key_prefix="test")["test_perplexity"]
+        with trainer.accelerator.autocast():  # of the adapted model alone, accelerate has seen to it
+            return trainer.evaluate(splits["test"], metric_key_prefix="test")["test_perplexity"]
 
     found = {"test_perplexity_before": TestBefore.result(trainer), "test_perplexity_adapted": test()}
     trainer.model = merged = adapted.merge_and_unload()
@@ -124,7 +125,8 @@ def main() -> None:
         zeros.restore(merged)
         found["test_perplexity"] = test()
         fate = f"are zero again: perplexity {found['test_perplexity_merged']:.4f} -> {found['test_perplexity']:.4f}"
-    validation = trainer.evaluate(metric_key_prefix="validation")
+    with trainer.accelerator.autocast():
+        validation = trainer.evaluate(metric_key_prefix="validation")
 
     # 4. What comes out: model and tokenizer first, the results last.
     save_model(output_dir, trainer.save_model, args.should_save)

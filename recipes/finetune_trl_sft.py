@@ -22,7 +22,7 @@ from support.errors import UsageError, needs_extra, reports_usage_errors
 from support.models import load_model_and_tokenizer, save_model
 from support.positions import longest_sequence
 from support.timing import StepTimer
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.training_args import OptimizerNames
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
@@ -74,6 +74,27 @@ def perplexities(trainer: SFTTrainer) -> dict[str, float]:
     return found
 
 
+class Before(TrainerCallback):
+    """Find the perplexities as training begins, and keep them in the log history, for a run that is resumed.
+
+    Not before, as `support.before` says.
+    """
+
+    def __init__(self, trainer: SFTTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Find them, unless the log history has them."""
+        if self.result is None:
+            self.trainer.log({f"before_{name}": value for name, value in perplexities(self.trainer).items()})
+
+    @property
+    def result(self) -> float | None:
+        """The test perplexity."""
+        key = "before_test_perplexity"
+        return next((row[key] for row in self.trainer.state.log_history if key in row), None)
+
+
 @reports_usage_errors
 def main() -> None:
     """Run the recipe."""
@@ -112,7 +133,8 @@ def main() -> None:
             raise UsageError(
                 f"--max_length {args.max_length} leaves nothing of the answers in the {split} conversations"
             )
-    magnitudes, before = report.Magnitudes.of(model, decayed), perplexities(trainer)
+    magnitudes, before = report.Magnitudes.of(model, decayed), Before(trainer)
+    trainer.add_callback(before)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
     # 3. What comes out: model and tokenizer first, the results last.
@@ -130,7 +152,7 @@ def main() -> None:
         arguments=(model_args, data_args, args),
         is_main_process=trainer.is_world_process_zero(),
         **perplexities(trainer),
-        test_perplexity_before=before["test_perplexity"],
+        test_perplexity_before=before.result,
         **report.target(trainer.optimizer),
         train_steps=trainer.state.global_step,
         train_tokens_per_second=tokens / timer.seconds if timer.seconds else 0.0,

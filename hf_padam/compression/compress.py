@@ -34,7 +34,7 @@ from .packing import (
 )
 from .parallel import in_order
 from .sparsity_report import SparsityReport
-from .tensor_files import INDEX, StoredTensor, TensorFile, TensorWriter, checked_metadata
+from .tensor_files import INDEX, StoredTensor, TensorFile, TensorWriter, checked_metadata, made_header
 
 CARD = "README.md"
 _NOT_COPIED = (*OTHER_WEIGHTS, ".safetensors", ".index.json")
@@ -259,6 +259,8 @@ def _compress_weights(model: ModelDirectory, directory: Path) -> None:
                 bounds = [_as_bytes(stored.info, stored.info.max_packed_bytes()) for stored in file.tensors]
                 metadata = {"format": "pt", VERSION_KEY: str(FORMAT_VERSION), **companions}
                 metadata[f"{_SOURCE}metadata"] = json.dumps(file.metadata)
+                if made_header([stored.info for stored in file.tensors], file.metadata) != file.header:
+                    metadata[f"{_SOURCE}header"] = file.header.decode()  # of another writer, in another order
                 if not writers:
                     metadata |= model.texts(_SOURCE)
                 writers.append(TensorWriter(directory / file.path.name, bounds, metadata, checksum=True))
@@ -298,7 +300,8 @@ def _pack_file(file: TensorFile, writer: TensorWriter, bar: tqdm) -> int:
 
 def _decompress_file(model: ModelDirectory, file: TensorFile, path: Path) -> None:
     heads = [model.info(stored) for stored in file.tensors]
-    writer = TensorWriter(path, heads, _source_metadata(file), checksum=False)
+    metadata = _source_metadata(file)
+    writer = TensorWriter(path, heads, metadata, checksum=False, header=_source_header(file, heads, metadata))
     try:
         for stored, info in zip(file.tensors, heads, strict=True):
             packed = memoryview(stored.read())
@@ -316,6 +319,20 @@ def _source_metadata(file: TensorFile) -> dict[str, str]:
     except (KeyError, ValueError, RecursionError):
         message = f"{file.path} is damaged: it does not say which metadata it had before. {REMEDY}"
         raise CompressionError(message) from None
+
+
+def _source_header(file: TensorFile, heads: list[TensorInfo], metadata: dict[str, str]) -> bytes | None:
+    """Return the header that the file had before it was compressed, if it is not the one that would be made."""
+    header = file.metadata.get(f"{_SOURCE}header")
+    if header is None:
+        return None
+    try:
+        same = json.loads(header) == json.loads(made_header(heads, metadata))
+    except (ValueError, RecursionError):
+        same = False
+    if not same:
+        raise CompressionError(f"{file.path} is damaged: the header that it had before is of other tensors. {REMEDY}")
+    return header.encode()
 
 
 def _as_bytes(info: TensorInfo, size: int) -> TensorInfo:

@@ -8,6 +8,7 @@ from typing import Any
 
 from .model_directory import OTHER_WEIGHTS, ModelDirectory
 from .packing import CompressionError
+from .tensor_files import INDEX
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NOT_FETCHED = [f"*{suffix}" for suffix in OTHER_WEIGHTS]
@@ -74,11 +75,12 @@ def upload(
     repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repository, branch=revision, exist_ok=True)
-    # Dense weights of an earlier upload would be loaded in place of the compressed ones.
+    # Dense weights of an earlier upload would be loaded in place of the compressed ones. (A * takes in slashes, too:
+    # nothing in the repository's folders, such as checkpoints, may match.)
     api.upload_folder(
         repo_id=repository,
         folder_path=str(directory),
         revision=revision,
-        delete_patterns=["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*"],
+        delete_patterns=["model.safetensors", "model-*-of-*.safetensors", INDEX, "pytorch_model*.bin*"],
         commit_message="Upload compressed model",
     )

@@ -132,16 +132,20 @@ class TensorWriter:
         bounds: The tensors in order, `nbytes` being the most that each can take.
         metadata: What the header says besides: text by name. `finish` may change a text, but not its length.
         checksum: Whether to add the header's checksum, for `TensorFile.check_header`.
+        header: The header to write in place of one that is made, for tensors of the sizes of `bounds`.
     """
 
-    def __init__(self, path: Path, bounds: Iterable[TensorInfo], metadata: dict[str, str], checksum: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        bounds: Iterable[TensorInfo],
+        metadata: dict[str, str],
+        checksum: bool,
+        header: bytes | None = None,
+    ) -> None:
         self._metadata, self._checksum = metadata | ({"checksum": _BLANK} if checksum else {}), checksum
-        entries, end = {}, 0
-        for info in bounds:
-            entries[info.name] = _entry(info, end)
-            end += info.nbytes
-        length = len(self._dump(entries))
-        self._length = length + -length % 8
+        self._given = header
+        self._length = len(made_header(bounds, self._metadata) if header is None else header)
         self._file = open(path, "wb")  # `finish` or `close` closes it
         self._file.seek(8 + self._length)
         self._entries: dict[str, Any] = {}
@@ -170,10 +174,10 @@ class TensorWriter:
             changes: Metadata that was not known at first.
         """
         self._metadata |= changes
-        header = self._dump(self._entries).ljust(self._length)
+        header = self._given or _dump(self._entries, self._metadata).ljust(self._length)
         if self._checksum:
             self._metadata["checksum"] = xxhash.xxh3_64_hexdigest(header)
-            header = self._dump(self._entries).ljust(self._length)
+            header = _dump(self._entries, self._metadata).ljust(self._length)
         if len(header) != self._length:
             raise RuntimeError(f"the header of {self._file.name} has outgrown the space that was left for it")
         self._file.seek(0)
@@ -186,10 +190,20 @@ class TensorWriter:
         """Close the file, finished or not."""
         self._file.close()
 
-    def _dump(self, entries: dict[str, Any]) -> bytes:
-        """Serialise as the safetensors library does, so that a file which makes the round trip is the same file."""
-        header = ({"__metadata__": self._metadata} if self._metadata else {}) | entries
-        return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+
+def made_header(tensors: Iterable[TensorInfo], metadata: dict[str, str]) -> bytes:
+    """Return the header that the safetensors library, and `TensorWriter`, make for tensors one after another."""
+    entries, end = {}, 0
+    for info in tensors:
+        entries[info.name] = _entry(info, end)
+        end += info.nbytes
+    header = _dump(entries, metadata)
+    return header.ljust(len(header) + -len(header) % 8)
+
+
+def _dump(entries: dict[str, Any], metadata: dict[str, str]) -> bytes:
+    header = ({"__metadata__": metadata} if metadata else {}) | entries
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def checked_metadata(metadata: Any) -> dict[str, str]:

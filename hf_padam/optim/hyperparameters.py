@@ -47,9 +47,11 @@ def check_not_all_zeros(params: Sequence[tuple[str, Tensor]], cure: str) -> None
 
 
 def named(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """Return the parameters of a group with their names, or their numbers."""
-    names = group.get("param_names") or [f"number {i} of its group" for i in range(len(group["params"]))]
-    return list(zip(names, group["params"], strict=True))
+    """Return the parameters of a group with their names, or numbers: DeepSpeed leaves the names of what it joins."""
+    names, params = group.get("param_names") or [], group["params"]
+    if len(names) != len(params):
+        names = [f"number {i} of its group" for i in range(len(params))]
+    return list(zip(names, params, strict=True))
 
 
 def can_step(dtype: torch.dtype) -> bool:

@@ -56,7 +56,7 @@ class Place:
     def prepares(self, seed: int) -> Iterator[None]:
         """Prepare something in a state of its own, or watch whether the run's is used."""
         if self.apart:
-            with _state(seed):
+            with seeded(seed):
                 yield
             return
         before = digest(_get_state())
@@ -67,7 +67,7 @@ class Place:
     def iterate(self, iterable: Iterable[Any], seed: int) -> Iterator[Any]:
         """Iterate in a state of its own: what is drawn between two items does not disturb it, nor it that."""
         iterator = None
-        with _state(seed):
+        with seeded(seed):
             inner = _get_state()
         while True:
             with self.prepares(seed):
@@ -222,6 +222,10 @@ class _Numbers:
 
     def __iter__(self) -> Iterator[_Batch]:
         seed = self.place.key("order")
+        part = self.inner
+        while part is not None:  # behind a sampler that skips, accelerate does not find the one that is to know
+            getattr(part, "set_epoch", lambda epoch: None)(self.place.epoch)
+            part = getattr(part, "batch_sampler", None) or getattr(part, "sampler", None)
         if self.place.epoch:  # in the first, its own generators are as they were made
             _reseed(owned(self.inner), self.initial, self.place, seed)
         for number, indices in enumerate(self.place.iterate(self.inner, seed)):
@@ -265,7 +269,7 @@ def _set_state(state: tuple[Any, ...]) -> None:
 
 
 @contextmanager
-def _state(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's generators for a block, and put them back as they were."""
     outer = _get_state()
     random.seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -10,6 +11,7 @@ from types import FrameType, TracebackType
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
+from torch.utils.data import get_worker_info
 
 EXIT_STATUS = 128 + signal.SIGTERM
 """143, as a shell reports of a process that SIGTERM ended; not 0, which would say that the run is done."""
@@ -34,7 +36,8 @@ class StopSignal:
     A process alone stops after the step in which the signal comes. Several agree to stop after the same step: at most
     `MOST_STEPS` later, and within about `SECONDS`, or one step where steps are longer.
 
-    A handler that the program has installed itself is left alone, and outside the main thread nothing is done.
+    A handler that the program has installed itself is left alone, and outside the main thread nothing is done. Forked
+    processes end by it as ever, but for workers of data loaders, which the batches to come may need.
     SIGINT keeps its meaning: Ctrl-C stops at once.
     """
 
@@ -46,7 +49,7 @@ class StopSignal:
         main = threading.current_thread() is threading.main_thread()
         if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._remember)
-            self._installed = True
+            self._installed, self._process = True, os.getpid()
         return self
 
     def __exit__(
@@ -59,7 +62,11 @@ class StopSignal:
                 signal.raise_signal(signal.SIGTERM)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+        if os.getpid() == self._process:
+            self._received = True
+        elif get_worker_info() is None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
 
     def agreed(self, last: bool = False) -> bool:
         """Whether to stop now: the processes have agreed that one of them has had a SIGTERM.

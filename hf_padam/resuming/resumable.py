@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput, has_length
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_peft_available
 
@@ -34,7 +34,7 @@ from .checkpoints import (
     rotate_checkpoints,
     staged_checkpoint,
 )
-from .draws import Place, are_settled, settle_draws
+from .draws import Place, are_settled, seeded, settle_draws
 from .interruption import EXIT_STATUS, StopSignal
 from .settings import check_optimizer, check_world_size, hyperparameters, warn_of_other_settings
 from .weights import check_adapters, check_keys, load_weights, weight_files
@@ -72,6 +72,7 @@ class ResumableTrainer(Trainer):
         self._batches = self._first_step = 0
         self._epoch_ended = False
         self._last_step: tuple[Any, Any] = None, None  # gradient norm and learning rate
+        self._evaluated: Any = None  # the data that were evaluated on last
         self._follow = _Follow(self)
         self.add_callback(self._follow)
 
@@ -123,6 +124,26 @@ class ResumableTrainer(Trainer):
         settle_draws(loader, self._place)
         return loader
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the loader of what is asked for; where workers persist, Transformers would return the first one's."""
+        if not isinstance(eval_dataset, str):
+            data = self.eval_dataset if eval_dataset is None else eval_dataset
+            if data is not self._evaluated:
+                getattr(self, "_eval_dataloaders", {}).pop("eval", None)
+            self._evaluated = data
+        return super().get_eval_dataloader(eval_dataset)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate. What this draws, persistent workers once in a process for one, changes nothing that follows."""
+        with seeded(self.args.seed):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, but not at the start (`eval_on_start`) of a run that goes on: it has, when it began."""
+        if kwargs.get("skip_scheduler") and self.state.global_step > 0:
+            return {}
+        return super()._evaluate(*args, **kwargs)
+
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Return the epoch to go on in, and how many of its batches to skip."""
         epoch, batches = super()._init_training_state(*args, **kwargs)
@@ -166,6 +187,8 @@ class ResumableTrainer(Trainer):
                 type(kwargs["train_dataloader"]).__name__,
             )
         if not over and not (begun and self._batches >= kwargs["steps_in_epoch"]):
+            if not self.is_deepspeed_enabled:  # what a stream's end has left of an accumulation is in no checkpoint
+                kwargs["model"].zero_grad()
             super()._run_epoch(*args, **kwargs)
             return
         if begun and self._batches and "last_step" in self._resumed:
@@ -219,12 +242,14 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        only_model = self.args.save_only_model
         with staged_checkpoint(checkpoint) as self._staging:
             try:
+                self.args.save_only_model = only_model and not self._follow.stopping  # it is to go on from that
                 super()._save_checkpoint(model, trial)
                 self._complete(self._staging, checkpoint)
             finally:
-                self._staging = None
+                self._staging, self.args.save_only_model = None, only_model
         if self.args.should_save:
             rotate_checkpoints(checkpoint, self.args.save_total_limit, self.state.best_model_checkpoint)
         self._saved = checkpoint

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from .decay_report import decaying_names, describe_decay
 from .optim_args import parse_optim_args
-from .options import OPTIONS, options_of
+from .options import OPTIONS, options_of, read
 from .other_optimizers import asks_for_decay
 from .param_groups import decayed_parameters
 from .registration import OPTIMIZERS, optimizer_options
@@ -28,7 +28,7 @@ def decay_targets(args: TrainingArguments) -> dict[str, Any]:
     else:
         options = vars(options_of(args)) | {"target_sparsity": None}
     targets = {key: options[key] for key in ("decay_embeddings", "dense_modules", "target_sparsity")}
-    return targets | {"target_modules": args.optim_target_modules}
+    return targets | {"target_modules": read("optim_target_modules", args.optim_target_modules)}
 
 
 def decayed_names(model: nn.Module, optimizer: Any, args: TrainingArguments) -> list[str]:

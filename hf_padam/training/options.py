@@ -237,6 +237,20 @@ def has_target(options: Mapping[str, Any]) -> bool:
     return options["target_sparsity"] is not None or options["target_pattern"] is not None
 
 
+def check_under_deepspeed(importance: str, target: bool = False) -> None:
+    """Check that DeepSpeed's optimizer, which sees pieces of weights joined together, can do what is asked for.
+
+    Raises:
+        ValueError: If there is a target, or weights are measured in a unit that each process would have for itself.
+    """
+    if target or importance == "fisher":
+        what = "target_sparsity" if target else "importance='fisher'"
+        raise ValueError(
+            f"{what} does not work under DeepSpeed, which hands the optimizer pieces of weights joined together: use "
+            "FSDP2 (recipes/accelerate/fsdp2.yaml), or give lambda_p, and importance=magnitude"
+        )
+
+
 def check_target(options: Mapping[str, Any]) -> None:
     """Check that a target sparsity, if there is one, goes with the other options, and that these have an effect.
 

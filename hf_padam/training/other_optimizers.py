@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from ..optim import add_pnorm_decay
 from ..optim.any_optimizer import decay_scalars, has_pnorm_decay
 from ..optim.schedules import FINAL
-from .options import OPTIONS, PAPER, options_of
+from .options import OPTIONS, PAPER, check_under_deepspeed, options_of
 from .param_groups import get_param_groups
 from .registration import OPTIMIZERS
 
@@ -82,11 +82,7 @@ def check_deepspeed(config: dict[str, Any], importance: str) -> None:
     Raises:
         ValueError: If it makes one of its own, or the decay is by Fisher importance.
     """
-    if importance == "fisher":
-        raise ValueError(
-            "importance='fisher' does not work under DeepSpeed, which hands the optimizer pieces of weights joined "
-            "together: use FSDP2 (recipes/accelerate/fsdp2.yaml), or importance=magnitude"
-        )
+    check_under_deepspeed(importance)
     if "optimizer" in config:
         key = "an optimizer section"
     else:

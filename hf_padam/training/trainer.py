@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from ..optim.schedules import scheduled_p_norm
 from ..resuming.settings import check_added_decay, check_decayed
+from ..sparsity import bare_name
 from .announcement import DecayAnnouncement, decay_targets, decayed_names, warn_of_unused_options
 from .callbacks import PNormScheduleCallback, ScheduleFromArguments
 from .distilling_trainer import DistillingTrainer
@@ -34,9 +34,6 @@ logger = logging.getLogger(__name__)
 
 _ADDED_DECAY = "added_decay"
 """Among the settings that a checkpoint keeps: whether a p-norm decay was added to an optimizer other than PAdam."""
-
-_WRAPPER = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-"""What is in parameters' names while FSDP, its activation checkpointing or torch.compile have wrapped a model."""
 
 _DECAYED = "decayed_weights"
 """Another of them: which weights the p-norm decay acts on, if there is one."""
@@ -106,7 +103,7 @@ class PAdamTrainer(DistillingTrainer):
             assert self.model is not None
             chosen = set(self.decayed_names())
             names = [name for name, _ in self.model.named_parameters() if name in chosen]  # whatever the groups' order
-            names = [_WRAPPER.sub("", name) for name in names]
+            names = [bare_name(name) for name in names]
             digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
             settings[_DECAYED] = f"{len(names)} weights (hash of their names: {digest[:8]})"
         return settings
@@ -184,6 +181,8 @@ class PAdamTrainer(DistillingTrainer):
         """Evaluate one batch, and add it to the perplexity."""
         meter, labels = self._meter, inputs.get("labels")
         rows = rows_that_count(inputs, labels, self.accelerator)
+        if meter is not None and rows is None:
+            meter.reason = "sequences are joined in one row, and some of the last ones are repeated to fill it up"
         if meter is not None and labels is None:
             meter.reason = "the evaluation data have no column of labels"
         if meter is None or labels is None:

@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, IterableDataset
 _KEY = "rows_that_count"
 
 
-def rows_that_count(inputs: Any, labels: Any, accelerator: Accelerator) -> int:
+def rows_that_count(inputs: Any, labels: Any, accelerator: Accelerator) -> int | None:
     """Return how many of this process's rows are not repeated from the beginning of the data; they come first.
+
+    None if that is not known: sequences are joined in one row (`DataCollatorWithFlattening`).
 
     Args:
         inputs: The batch; what `marking_repeated_rows` has added to it is removed.
@@ -28,6 +30,9 @@ def rows_that_count(inputs: Any, labels: Any, accelerator: Accelerator) -> int:
     state = accelerator.gradient_state
     if not state.end_of_dataloader or state.remainder <= 0:
         return batch_size
+    positions = inputs.get("position_ids")
+    if accelerator.num_processes > 1 and batch_size == 1 and positions is not None and int((positions == 0).sum()) > 1:
+        return None
     sampler = getattr(state.active_dataloader, "batch_sampler", None)
     share = getattr(sampler, "process_index", accelerator.process_index)  # processes that share a batch share this too
     return max(0, min(batch_size, state.remainder - share * batch_size))

@@ -99,6 +99,7 @@ def _layer_by_layer(
         weights = {name: rest.pop(name) for name, (module, _) in linear.items() if module in inside}
         run = functools.partial(_outputs, layer, hidden, arguments)
         prune(weights, run)
+        torch.clear_autocast_cache()  # of casts of the weights as they were
         hidden = run()
     if rest:
         prune(rest, run_all)

@@ -113,9 +113,10 @@ class Comparison:
         self.points, self._unconnected = list(points), unconnected
         self.front = pareto_front(points)
         self._tested = any(p.test_loss is not None for p in points)
-        self._dense = min(
-            (statistics.fmean(p.best_losses or p.losses) for p in points if p.method == dense), default=None
-        )
+        best = {statistics.fmean(p.best_losses or p.losses): p for p in points if p.method == dense}
+        self._dense = min(best, default=None)
+        losses = [] if self._dense is None else best[self._dense].best_losses or best[self._dense].losses
+        self._dense_of = {} if self._dense is None else dict(zip(best[self._dense].by_seed, losses, strict=True))
         self._reference_name = reference
         self._reference = [p for p in points if p.method in (reference, dense)]
 
@@ -141,8 +142,10 @@ class Comparison:
             if self._tested:
                 row.append("" if p.test_loss is None else f"{p.test_loss:.4f}")
             row.append(str(len(p.losses)))
-            if self._dense is not None:
-                row.append(f"{p.loss / self._dense - 1:+.2%}")
+            if self._dense is not None:  # of the same seeds, if it has them
+                own = [self._dense_of[seed] for seed in p.by_seed if seed in self._dense_of]
+                dense = statistics.fmean(own) if len(own) == len(p.losses) else self._dense
+                row.append(f"{p.loss / dense - 1:+.2%}")
             if self._reference_name is not None:
                 pairs = differences(p, self._reference) if p not in self._reference else []
                 row.append(f"{statistics.fmean(pairs):+.4f}" if pairs else "")

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from hf_padam.files import staged
-from hf_padam.sparsity import TensorCount, count_zeros, local_shard, sum_over_shards
+from hf_padam.sparsity import TensorCount, bare_name, count_zeros, local_shard, sum_over_shards
 
 _MAGNITUDE_RANGE = (-10.0, 1.0)  # log10 of the magnitudes that are drawn
 _BINS = 220
@@ -32,7 +32,8 @@ class Magnitudes:
     @torch.no_grad()
     def of(cls, model: nn.Module, decayed: list[str]) -> Magnitudes:
         """Count a model's decayed weights."""
-        tensors = {name: param for name, param in model.named_parameters() if name in decayed}
+        bare = set(map(bare_name, decayed))  # the model may be wrapped, or have been when these were named
+        tensors = {name: param for name, param in model.named_parameters() if bare_name(name) in bare}
         totals = count_zeros(tensors)
         counts = torch.zeros(_BINS)
         low, high = _MAGNITUDE_RANGE

@@ -410,6 +410,23 @@ def test_what_cannot_be_compressed_is_refused_with_the_reason(change, message, s
     assert not (tmp_path / "out").exists()
 
 
+def test_a_header_of_another_writer_comes_back_byte_by_byte(sparse_llama, tmp_path):
+    """Entries in another order than the data, as in some files of the Hub, indented and not padded."""
+    file = sparse_llama / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    entries = dict(reversed(json.loads(content[8 : 8 + length]).items()))
+    text = json.dumps(entries, indent=1).encode()
+    text += b" " * (1 - len(text) % 2)  # an odd length
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    compress(sparse_llama, tmp_path / "small")
+    decompress(tmp_path / "small", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == file.read_bytes()
+    assert_same_weights(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "small"), AutoModelForCausalLM.from_pretrained(sparse_llama)
+    )
+
+
 def test_save_compressed_uploads_what_it_has_written(tmp_path):
     with mock.patch("huggingface_hub.HfApi") as api:
         api.return_value.create_repo.return_value.repo_id = "me/sparse"
@@ -417,9 +434,9 @@ def test_save_compressed_uploads_what_it_has_written(tmp_path):
     api.return_value.create_repo.assert_called_once_with("sparse", private=True, exist_ok=True)
     assert api.return_value.upload_folder.call_args.kwargs["folder_path"] == str(tmp_path / "out")
     deleted = api.return_value.upload_folder.call_args.kwargs["delete_patterns"]
-    assert list(filter_repo_objects(["model.safetensors", "config.json"], allow_patterns=deleted)) == [
-        "model.safetensors"
-    ]
+    weights = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    kept = ["config.json", "adapter_model.safetensors", "last-checkpoint/model.safetensors", "onnx/model-1-of-2.bin"]
+    assert list(filter_repo_objects(weights + kept, allow_patterns=deleted)) == weights
     assert result.directory == tmp_path / "out" and (tmp_path / "out" / "model.safetensors.index.json").is_file()
     assert not list((tmp_path / "out").glob("dense*"))
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), prune(tiny_llama()))

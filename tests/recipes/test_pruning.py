@@ -196,8 +196,9 @@ def test_sparsegpt_refuses_inputs_that_are_not_finite():
         prune_by_sparsegpt(layer, layer.weight, x.T @ x * torch.inf, 0.5)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @MODELS
-def test_layers_are_calibrated_on_what_the_pruned_ones_before_give_out(make, tmp_path):
+def test_layers_are_calibrated_on_what_the_pruned_ones_before_give_out(make, bf16, tmp_path):
     """Each layer's inputs, recorded as it is pruned, are those of the finished model run as a whole."""
     trainer = trainer_of(make(), tmp_path, PruningArguments())
     model = trainer.model.eval()
@@ -212,7 +213,7 @@ def test_layers_are_calibrated_on_what_the_pruned_ones_before_give_out(make, tmp
         seen.update(sums)
         order.append(set(weights))
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         _layer_by_layer(model, linear, batches, prune)
         with observed(linear) as whole:
             for batch in batches:

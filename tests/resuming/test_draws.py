@@ -10,13 +10,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from conftest import blocks, character_tokenizer, tiny_llama
 from datasets import Dataset
 from test_trainer import options
-from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 from transformers import DataCollatorForLanguageModeling, TrainerCallback, default_data_collator
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
+from hf_padam.resuming.draws import Place, _Numbers
 
 ROWS = blocks(16)  # four batches an epoch
 STEPS = 9
@@ -191,6 +193,7 @@ KINDS = {
     )(),
     "stream": rows_from(Stream),
     "stream, accumulated": rows_from(Stream, gradient_accumulation_steps=2, per_device_train_batch_size=2),
+    "stream, ends within an accumulation": rows_from(Stream, gradient_accumulation_steps=3),
     "stream, own": rows_from(lambda: Stream(lambda: random.Random(3))),
     "stream, own, persistent workers": rows_from(lambda: Stream(lambda: random.Random(3)), **PERSISTENT),
     "stream of datasets": rows_from(hf_stream),
@@ -281,10 +284,41 @@ def test_what_callbacks_draw_once_a_checkpoint_is_saved_changes_nothing_that_fol
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_runs_that_save_at_the_end_of_epochs_go_on_the_same(strategy, tmp_path):
     more = dict(eval_strategy=strategy, logging_strategy=strategy, save_strategy="epoch")
-    for name in ("python", "stream"):
+    for name in ("python", "stream", "stream, ends within an accumulation"):
         weights, log = run(tmp_path / name / "whole", KINDS[name](), **more)
-        again, its_log = resumed(tmp_path / name, KINDS[name](), 6 if name == "stream" else 4, **more)
+        steps = sorted(int(path.name.partition("-")[2]) for path in (tmp_path / name / "whole").glob("checkpoint-*"))
+        again, its_log = resumed(tmp_path / name, KINDS[name](), steps[len(steps) // 2 - 1], **more)
         assert torch.equal(again, weights) and its_log == log
+
+
+@pytest.mark.parametrize("more", [{}, PERSISTENT], ids=["", "persistent workers"])
+def test_what_evaluations_draw_changes_nothing_that_follows(more, tmp_path):
+    """Workers that persist are started at the first one of a process. One at the start is not repeated."""
+    spec = KINDS["masked"]() | {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True} | more
+    weights, log = run(tmp_path / "whole", spec)
+    again, its_log = resumed(tmp_path, spec, 4)
+    assert torch.equal(again, weights)
+    assert [row["step"] for row in its_log] == [row["step"] for row in log] and log[0]["step"] == 0
+    assert more or its_log == log  # what collators draw in workers that persist depends on what these have drawn
+
+
+def test_each_evaluation_reads_the_data_that_it_is_given(tmp_path):
+    started = trainer(tmp_path, PAdamTrainer, ROWS, default_data_collator, **PERSISTENT)
+    others = blocks(3)
+    loaders = [started.get_eval_dataloader(data) for data in (others, None, None, others)]
+    assert [len(loader.dataset) for loader in loaders] == [3, 4, 4, 3]
+    assert loaders[1] is loaders[2], "whose workers persist"
+
+
+def test_a_sampler_that_wants_to_know_the_epoch_hears_of_it_however_deep_it_is():
+    class Told(SequentialSampler):
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    sampler, place = Told(range(6)), Place(0, 0)
+    place.epoch = 3
+    shard = BatchSamplerShard(BatchSampler(sampler, 2, False), 2, 0)
+    assert list(_Numbers(shard, place)) and sampler.epoch == 3
 
 
 @pytest.mark.parametrize(

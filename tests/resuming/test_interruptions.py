@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -100,6 +101,29 @@ def test_sigterm_in_a_users_script_saves_and_exits_with_143(tmp_path, warnings_s
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(weights(resumed.model), weights(whole.model))
     assert rows(resumed) == rows(whole)
+
+
+def test_what_sigterm_saves_can_be_gone_on_from_though_checkpoints_are_of_the_model_only(tmp_path):
+    whole = trainer_for(tmp_path / "whole")
+    whole.train()
+    stopped = trainer_for(tmp_path / "stopped", save_only_model=True)
+    stopped.add_callback(At(4, lambda _: signal.raise_signal(signal.SIGTERM)))
+    with pytest.raises(SystemExit):
+        stopped.train()
+    assert stopped.args.save_only_model
+    resumed = trainer_for(tmp_path / "stopped", save_only_model=True)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed._first_step == 5 and torch.equal(weights(resumed.model), weights(whole.model))
+
+
+def test_a_forked_process_ends_by_sigterm_while_a_run_goes_on():
+    """A metric that runs code with a time limit, for example."""
+    with interruption.StopSignal() as stop:
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        process.start()
+        process.terminate()
+        process.join(20)
+        assert process.exitcode == -signal.SIGTERM and not stop.agreed()
 
 
 def test_sigterm_in_the_last_evaluation_saves_too(tmp_path, warnings_said):

@@ -96,6 +96,9 @@ def test_near_zeros_are_counted_apart_from_zeros():
     assert (count.zeros, count.near_zeros, count.elements) == (2, 2, 5)
     (count,) = count_zeros({"w": torch.ones(2)})
     assert count.near_zeros is None
+    for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        (count,) = count_zeros({"w": torch.tensor([0.0, 0.0, 0.5]).to(dtype)}, near_zero=1e-8)
+        assert (count.zeros, count.near_zeros) == (2, 0), dtype
 
 
 @pytest.mark.parametrize(
