@@ -113,10 +113,12 @@ def _check_branch(job: Job, start: Job, checkpoint: str) -> None:
             f"{job.output_dir.name} goes on from {checkpoint!r} of {start.output_dir.name}, which saves no such "
             "checkpoint: give that method save_strategy: steps, and save_steps of which the number is a multiple"
         )
-    begins = math.ceil(job.options.get("prune_start", PruningArguments.prune_start) * int(job.options["max_steps"]))
-    if "prune_to" in job.options and step >= begins:
+    steps = int(job.options.get("max_steps", step))
+    begins = math.ceil(float(job.options.get("prune_start", PruningArguments.prune_start)) * steps)
+    if step > steps or "prune_to" in job.options and "max_steps" in job.options and step >= begins:
         raise UsageError(
-            f"{job.output_dir.name} prunes from step {begins} on, and would go on from {checkpoint}: name one before"
+            f"{job.output_dir.name} has {steps} steps, and prunes from step {begins} on if at all, but would go on from "
+            f"{checkpoint}: name one before"
         )
 
 

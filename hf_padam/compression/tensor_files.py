@@ -63,7 +63,7 @@ class TensorFile:
             if length > min(size - 8, _MAX_HEADER):
                 raise self._damaged(f"its header has {length:,} bytes, the file {size:,}")
             self.header = bytes(self.read(8, length))
-            entries: dict[str, Any] = json.loads(self.header)
+            entries: dict[str, Any] = json.loads(self.header.decode())
             self.metadata = checked_metadata(entries.pop("__metadata__", {}))
             self.tensors = []
             for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):

@@ -129,7 +129,7 @@ class PAdam(Optimizer):
         said = says_lambda_p(groups)  # before torch adds the defaults
         super().__init__(groups, defaults)
         for group in self.param_groups:
-            kept: dict[str, Any] = STATE if group.get("target_sparsity") is not None else {}
+            kept: dict[str, Any] = STATE if group.get("target_sparsity") is not None and group["lambda_p"] > 0 else {}
             kept = kept | (SCALE_STATE if group["importance"] == "fisher" else {})
             group.update({name: value for name, value in kept.items() if name not in group})
         setattr(self, CHOSEN, {i for i in said if "param_names" in self.param_groups[i]})

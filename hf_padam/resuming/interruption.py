@@ -48,8 +48,9 @@ class StopSignal:
         self._began, self._steps, self._interval = time.monotonic(), 0, 1  # since the last agreement; to the next
         main = threading.current_thread() is threading.main_thread()
         if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            self._process = os.getpid()
             signal.signal(signal.SIGTERM, self._remember)
-            self._installed, self._process = True, os.getpid()
+            self._installed = True
         return self
 
     def __exit__(

@@ -129,7 +129,8 @@ class ResumableTrainer(Trainer):
         if not isinstance(eval_dataset, str):
             data = self.eval_dataset if eval_dataset is None else eval_dataset
             if data is not self._evaluated:
-                getattr(self, "_eval_dataloaders", {}).pop("eval", None)
+                earlier, known = getattr(self, "_eval_dataloaders", {}).pop("eval", None), self.accelerator._dataloaders
+                known[:] = [loader for loader in known if loader is not earlier]  # whose workers end with it
             self._evaluated = data
         return super().get_eval_dataloader(eval_dataset)
 
@@ -245,7 +246,8 @@ class ResumableTrainer(Trainer):
         only_model = self.args.save_only_model
         with staged_checkpoint(checkpoint) as self._staging:
             try:
-                self.args.save_only_model = only_model and not self._follow.stopping  # it is to go on from that
+                if self._follow.stopping and not getattr(self, "is_distributed_loading_by_transformers", False):
+                    self.args.save_only_model = False  # the run is to go on from this
                 super()._save_checkpoint(model, trial)
                 self._complete(self._staging, checkpoint)
             finally:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.data_loader import IterableDatasetShard
+from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from torch.utils.data import DataLoader, IterableDataset
 
 _KEY = "rows_that_count"
@@ -30,10 +30,11 @@ def rows_that_count(inputs: Any, labels: Any, accelerator: Accelerator) -> int |
     state = accelerator.gradient_state
     if not state.end_of_dataloader or state.remainder <= 0:
         return batch_size
-    positions = inputs.get("position_ids")
-    if accelerator.num_processes > 1 and batch_size == 1 and positions is not None and int((positions == 0).sum()) > 1:
+    loader, alone = state.active_dataloader, accelerator.num_processes == 1
+    joined = batch_size == 1 < getattr(loader, "total_batch_size", 1) / accelerator.num_processes
+    if joined and not alone and "position_ids" in inputs and not isinstance(loader, DataLoaderDispatcher):
         return None
-    sampler = getattr(state.active_dataloader, "batch_sampler", None)
+    sampler = getattr(loader, "batch_sampler", None)
     share = getattr(sampler, "process_index", accelerator.process_index)  # processes that share a batch share this too
     return max(0, min(batch_size, state.remainder - share * batch_size))
 

@@ -581,7 +581,7 @@ def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkey
         (taught, {"save_steps": 2}, "which saves no such checkpoint"),
         (taught, {"save_total_limit": 1}, "which saves no such checkpoint"),
         (both, {"resume_from_checkpoint": "taught"}, "which saves no such checkpoint"),
-        (both, {"prune_to": 0.5}, "prunes from step 1 on"),
+        (both, {"prune_to": 0.5}, "prunes from step 1 on if at all, but would go on from checkpoint-3"),
     ):
         kept = dict(changed)
         changed |= options
