@@ -117,8 +117,8 @@ def _check_branch(job: Job, start: Job, checkpoint: str) -> None:
     begins = math.ceil(float(job.options.get("prune_start", PruningArguments.prune_start)) * steps)
     if step > steps or "prune_to" in job.options and "max_steps" in job.options and step >= begins:
         raise UsageError(
-            f"{job.output_dir.name} has {steps} steps, and prunes from step {begins} on if at all, but would go on from "
-            f"{checkpoint}: name one before"
+            f"{job.output_dir.name} has {steps} steps, and prunes from step {begins} on if at all, but would go on "
+            f"from {checkpoint}: name one before"
         )
 
 

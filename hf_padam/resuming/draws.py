@@ -225,7 +225,8 @@ class _Numbers:
         part = self.inner
         while part is not None:  # behind a sampler that skips, accelerate does not find the one that is to know
             getattr(part, "set_epoch", lambda epoch: None)(self.place.epoch)
-            part = vars(part).get("batch_sampler", vars(part).get("sampler"))
+            inner = getattr(part, "batch_sampler", None)
+            part = getattr(part, "sampler", None) if inner is None else inner
         if self.place.epoch:  # in the first, its own generators are as they were made
             _reseed(owned(self.inner), self.initial, self.place, seed)
         for number, indices in enumerate(self.place.iterate(self.inner, seed)):

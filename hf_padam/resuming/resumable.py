@@ -129,8 +129,9 @@ class ResumableTrainer(Trainer):
         if not isinstance(eval_dataset, str):
             data = self.eval_dataset if eval_dataset is None else eval_dataset
             if data is not self._evaluated:
-                earlier, known = getattr(self, "_eval_dataloaders", {}).pop("eval", None), self.accelerator._dataloaders
-                known[:] = [loader for loader in known if loader is not earlier]  # whose workers end with it
+                earlier = getattr(self, "_eval_dataloaders", {}).pop("eval", None)
+                kept = [loader for loader in self.accelerator._dataloaders if loader is not earlier]
+                self.accelerator._dataloaders[:] = kept  # without it, its workers end
             self._evaluated = data
         return super().get_eval_dataloader(eval_dataset)
 
