@@ -11,7 +11,6 @@ from types import FrameType, TracebackType
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from torch.utils.data import get_worker_info
 
 EXIT_STATUS = 128 + signal.SIGTERM
 """143, as a shell reports of a process that SIGTERM ended; not 0, which would say that the run is done."""
@@ -37,7 +36,7 @@ class StopSignal:
     `MOST_STEPS` later, and within about `SECONDS`, or one step where steps are longer.
 
     A handler that the program has installed itself is left alone, and outside the main thread nothing is done. Forked
-    processes end by it as ever, but for workers of data loaders, which the batches to come may need.
+    processes end by it as ever.
     SIGINT keeps its meaning: Ctrl-C stops at once.
     """
 
@@ -48,7 +47,6 @@ class StopSignal:
         self._began, self._steps, self._interval = time.monotonic(), 0, 1  # since the last agreement; to the next
         main = threading.current_thread() is threading.main_thread()
         if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            self._process = os.getpid()
             signal.signal(signal.SIGTERM, self._remember)
             self._installed = True
         return self
@@ -63,11 +61,7 @@ class StopSignal:
                 signal.raise_signal(signal.SIGTERM)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._process:
-            self._received = True
-        elif get_worker_info() is None:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGTERM)
+        self._received = True
 
     def agreed(self, last: bool = False) -> bool:
         """Whether to stop now: the processes have agreed that one of them has had a SIGTERM.
@@ -90,3 +84,11 @@ class StopSignal:
         self._interval = max(1, int(min(MOST_STEPS, SECONDS / max(pace, 1e-9))))
         self._agreed = self._received = share > 0
         return self._agreed
+
+
+def _spare_forked_processes() -> None:
+    if isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), StopSignal):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_spare_forked_processes)

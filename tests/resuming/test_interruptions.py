@@ -119,8 +119,11 @@ def test_what_sigterm_saves_can_be_gone_on_from_though_checkpoints_are_of_the_mo
 def test_a_forked_process_ends_by_sigterm_while_a_run_goes_on():
     """A metric that runs code with a time limit, for example."""
     with interruption.StopSignal() as stop:
-        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        context = multiprocessing.get_context("fork")
+        begun = context.Event()
+        process = context.Process(target=lambda: begun.set() or time.sleep(60))
         process.start()
+        assert begun.wait(20)
         process.terminate()
         process.join(20)
         assert process.exitcode == -signal.SIGTERM and not stop.agreed()
