@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.parameter import is_lazy
 
-_WRAPPER = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-
-
 NEAR_ZERO = 1e-8
 """Default threshold below which the magnitude of a non-zero weight counts as near zero."""
 
+
+_WRAPPER = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+"""What wrapping a model puts into its parameters' names."""
 
 _TWO_IN_A_BYTE = getattr(torch, "float4_e2m1fn_x2", None)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)

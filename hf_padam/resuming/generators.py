@@ -21,6 +21,7 @@ _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.Ra
 _DEPTH, _WIDTH = 12, 100  # how far, and through how large containers of data, generators are looked for
 _NOT_SEARCHED = (torch.Tensor, torch.nn.Module, ModuleType, type, logging.Logger, str, int, float, bytes, type(None))
 _SEARCHED = (*_GENERATORS, FunctionType, BuiltinMethodType, MethodType, GeneratorType, partial, dict, list, tuple)
+# Of a built-in method, type checkers know no __self__.
 _OF_ALL = (random.random.__self__, np.random.mtrand._rand, torch.default_generator)  # type: ignore[attr-defined]
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "transformers", "datasets", "accelerate", "hf_padam"}
 """Not searched for what functions use of them."""

@@ -68,9 +68,9 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
         options[key] = value
     options = with_defaults(options)
     check_target(options | {"p_norm_schedule": typed.p_norm_schedule})
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or args.deepspeed:
-        if has_target(options) or options["lambda_p"] != 0:
-            check_under_deepspeed(options["importance"], has_target(options))
+    decays = has_target(options) or options["lambda_p"] != 0
+    if decays and (os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or args.deepspeed):
+        check_under_deepspeed(options["importance"], has_target(options))
     options.update(
         optimizer_class=optimizer_class,
         lambda_p=DEFAULT_LAMBDA_P if options["lambda_p"] is None else options["lambda_p"],
@@ -155,8 +155,8 @@ def register() -> None:
             raise ImportError(f"transformers {version} or another package already has an optimizer named {name!r}.")
         trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)] = _handler
     add_callback_to_every_trainer(CallbackFromGroups)
-    trainer._parse_optim_args = _lenient(trainer._parse_optim_args)  # type: ignore[assignment]
-    OptimizerNames.__reduce_ex__ = _reduce  # type: ignore[assignment,method-assign]
+    trainer._parse_optim_args = _lenient(trainer._parse_optim_args)  # type: ignore[assignment]  # its own name
+    OptimizerNames.__reduce_ex__ = _reduce  # type: ignore[assignment,method-assign]  # a method, as meant
 
 
 def add_callback_to_every_trainer(callback: type[TrainerCallback]) -> None:
@@ -164,7 +164,7 @@ def add_callback_to_every_trainer(callback: type[TrainerCallback]) -> None:
     from transformers import trainer
 
     if callback not in trainer.DEFAULT_CALLBACKS:
-        trainer.DEFAULT_CALLBACKS.append(callback)  # type: ignore[arg-type]
+        trainer.DEFAULT_CALLBACKS.append(callback)  # type: ignore[arg-type]  # inferred of one class
 
 
 def optimizer_name(value: str) -> OptimizerNames:

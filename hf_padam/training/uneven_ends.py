@@ -30,9 +30,9 @@ def rows_that_count(inputs: Any, labels: Any, accelerator: Accelerator) -> int |
     state = accelerator.gradient_state
     if not state.end_of_dataloader or state.remainder <= 0:
         return batch_size
-    loader, alone = state.active_dataloader, accelerator.num_processes == 1
-    joined = batch_size == 1 < getattr(loader, "total_batch_size", 1) / accelerator.num_processes
-    if joined and not alone and "position_ids" in inputs and not isinstance(loader, DataLoaderDispatcher):
+    loader, processes = state.active_dataloader, accelerator.num_processes
+    joined = batch_size == 1 and getattr(loader, "total_batch_size", 0) > processes and "position_ids" in inputs
+    if joined and processes > 1 and not isinstance(loader, DataLoaderDispatcher):  # whose last batches are smaller
         return None
     sampler = getattr(loader, "batch_sampler", None)
     share = getattr(sampler, "process_index", accelerator.process_index)  # processes that share a batch share this too
