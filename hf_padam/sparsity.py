@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ def local_shard(tensor: Tensor) -> tuple[Tensor, Any]:
     """Return the part of a tensor that is held here, and how the tensor is sharded (None where it is not).
 
     DTensors are sharded by fully_shard and tensor parallelism. DeepSpeed's ZeRO-3 leaves an empty placeholder with the
-    shard in an attribute: flat, and padded to the same size on every rank. FSDP1's parameters are shards themselves.
+    shard in an attribute: flat, and padded to the same size on every rank. FSDP1's parameters are shards themselves,
+    and so are the pieces that DeepSpeed gives to its optimizer.
     """
     if isinstance(tensor, DTensor):
         return tensor.to_local(), (tensor.device_mesh, tensor.placements)
@@ -88,7 +90,13 @@ def local_shard(tensor: Tensor) -> tuple[Tensor, Any]:
         placeholder: Any = tensor
         shard, group = placeholder.ds_tensor.detach(), placeholder.ds_process_group
         return shard[: max(0, placeholder.ds_numel - dist.get_rank(group) * shard.numel())], group
-    return tensor, dist.group.WORLD if hasattr(tensor, "_fsdp_flattened") else None
+    return tensor, dist.group.WORLD if hasattr(tensor, "_fsdp_flattened") or is_piece(tensor) else None
+
+
+def is_piece(tensor: Tensor) -> bool:
+    """Whether DeepSpeed has made this of many parameters, for its optimizer: it is none itself, unlike all others."""
+    trained = tensor.requires_grad and tensor.is_leaf and not isinstance(tensor, torch.nn.Parameter)
+    return trained and "deepspeed" in sys.modules and dist.is_initialized()
 
 
 def sum_over_shards(values: Tensor, sharding: Any) -> Tensor:

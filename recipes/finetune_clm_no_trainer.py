@@ -80,8 +80,8 @@ def main() -> None:
     # 1. Two parameter groups; that is all there is to PAdam in a loop of one's own.
     try:
         decay = with_defaults(vars(args))
-        if accelerator.distributed_type == DistributedType.DEEPSPEED and args.lambda_p != 0:
-            check_under_deepspeed(decay["importance"], has_target(decay))
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            check_under_deepspeed(decay)
         which = {key: getattr(args, key) for key in ("decay_embeddings", "dense_modules", "target_sparsity")}
         groups = get_param_groups(
             model,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..sparsity import local_shard, local_tensor, shard_coordinate, sum_over_shards
+from ..sparsity import is_piece, local_shard, local_tensor, shard_coordinate, sum_over_shards
 from .plan import gradients
 from .random_bits import random_key
 from .update import LARGEST, YOUNG_RATIO, YOUNG_STEPS
@@ -209,6 +209,7 @@ def update_scale(optimizer: Optimizer, taken: int | None = None) -> None:
         taken: How many steps these groups have taken, the oldest of their parameters; by default states are asked.
     """
     pool = [group for group in optimizer.param_groups if needs_scale(group)]
+    _check_whole(optimizer, pool)
     if taken is None:
         states = (optimizer.state.get(param) for group in pool for param in group["params"])
         taken = max([int(state["step"]) for state in states if state], default=0)
@@ -219,3 +220,14 @@ def update_scale(optimizer: Optimizer, taken: int | None = None) -> None:
         scale = float(fisher_scale(measured)) if measured else 1.0  # all frozen
         for group in pool:
             group |= {SCALE: scale, SCALE_STEP: taken}
+
+
+def _check_whole(optimizer: Optimizer, pool: list[dict[str, Any]]) -> None:
+    """Check that a step is about all weights that share a scale: DeepSpeed steps the pieces of its own one by one."""
+    pieces = [id(param) for group in pool for param in group["params"] if is_piece(param)]
+    if pieces and pieces != vars(optimizer).setdefault("_padam_pieces", pieces):
+        raise RuntimeError(
+            'importance="fisher" measures all decayed weights in one unit, but DeepSpeed steps them in several parts: '
+            "keep them in one parameter group and, under ZeRO-3, set zero_optimization.sub_group_size to their number "
+            "at least; or use FSDP2 (recipes/accelerate/fsdp2.yaml)"
+        )

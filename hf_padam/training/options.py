@@ -237,17 +237,16 @@ def has_target(options: Mapping[str, Any]) -> bool:
     return options["target_sparsity"] is not None or options["target_pattern"] is not None
 
 
-def check_under_deepspeed(importance: str, target: bool = False) -> None:
+def check_under_deepspeed(options: Mapping[str, Any]) -> None:
     """Check that DeepSpeed's optimizer, which sees pieces of weights joined together, can do what is asked for.
 
     Raises:
-        ValueError: If there is a target, or weights are measured in a unit that each process would have for itself.
+        ValueError: If there is a target.
     """
-    if target or importance == "fisher":
-        what = "target_sparsity" if target else "importance='fisher'"
+    if has_target(options):
         raise ValueError(
-            f"{what} does not work under DeepSpeed, which hands the optimizer pieces of weights joined together: use "
-            "FSDP2 (recipes/accelerate/fsdp2.yaml), or give lambda_p, and importance=magnitude"
+            "target_sparsity does not work under DeepSpeed, which hands the optimizer pieces of weights joined "
+            "together: use FSDP2 (recipes/accelerate/fsdp2.yaml), or give lambda_p"
         )
 
 

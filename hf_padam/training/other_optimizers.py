@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from ..optim import add_pnorm_decay
 from ..optim.any_optimizer import decay_scalars, has_pnorm_decay
 from ..optim.schedules import FINAL
-from .options import OPTIONS, PAPER, check_under_deepspeed, options_of
+from .options import OPTIONS, PAPER, options_of
 from .param_groups import get_param_groups
 from .registration import OPTIMIZERS
 
@@ -72,17 +72,15 @@ def check_decay_options(args: Any) -> None:
         raise ValueError(f"lambda_p={args.lambda_p!r} does not go with optim={name!r}: {why}. Choose another optim")
 
 
-def check_deepspeed(config: dict[str, Any], importance: str) -> None:
+def check_deepspeed(config: dict[str, Any]) -> None:
     """Check that DeepSpeed takes the optimizer that the decay is added to.
 
     Args:
         config: DeepSpeed's configuration.
-        importance: Of the decay.
 
     Raises:
-        ValueError: If it makes one of its own, or the decay is by Fisher importance.
+        ValueError: If it makes one of its own.
     """
-    check_under_deepspeed(importance)
     if "optimizer" in config:
         key = "an optimizer section"
     else:

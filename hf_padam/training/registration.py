@@ -33,7 +33,7 @@ from ..optim.eight_bit import S_REFUSAL, check_installed
 from ..optim.hyperparameters import DEFAULT_LAMBDA_P, check_hyperparameters
 from .callbacks import CHECK_LATER, CallbackFromGroups
 from .optim_args import malformed, parse_optim_args, split_optim_args
-from .options import OPTIONS, check_target, check_under_deepspeed, has_target, options_of, read, with_defaults
+from .options import OPTIONS, check_target, check_under_deepspeed, options_of, read, with_defaults
 from .param_groups import CHOICES, get_param_groups, remember_choice
 
 NAME = "padam"
@@ -68,9 +68,8 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
         options[key] = value
     options = with_defaults(options)
     check_target(options | {"p_norm_schedule": typed.p_norm_schedule})
-    decays = has_target(options) or options["lambda_p"] != 0
-    if decays and (os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or args.deepspeed):
-        check_under_deepspeed(options["importance"], has_target(options))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or args.deepspeed:
+        check_under_deepspeed(options)
     options.update(
         optimizer_class=optimizer_class,
         lambda_p=DEFAULT_LAMBDA_P if options["lambda_p"] is None else options["lambda_p"],

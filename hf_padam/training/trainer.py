@@ -24,7 +24,7 @@ from .distilling_trainer import DistillingTrainer
 from .gradients import UnreadNorms, check_gradient_norm, leaves_out_steps
 from .metrics import WeightSparsity, following
 from .options import SCHEDULE, options_of
-from .other_optimizers import asks_for_decay, attach_decay, check_deepspeed, decay_of
+from .other_optimizers import asks_for_decay, attach_decay, check_deepspeed
 from .param_groups import remember_choice
 from .perplexity import PerplexityMeter, own_loss
 from .registration import OPTIMIZERS
@@ -70,8 +70,7 @@ class PAdamTrainer(DistillingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer; add a p-norm decay if the arguments ask for one and it is not PAdam."""
         if asks_for_decay(self.args) and self.is_deepspeed_enabled:
-            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            check_deepspeed(config, decay_of(self.args)["importance"])
+            check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
         if self._optimizer_given and self.is_world_process_zero():
             warn_of_unused_options(self.args)
         optimizer = super().create_optimizer(model)

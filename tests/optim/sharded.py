@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_padam import PAdam, TargetSparsity, get_param_groups
+from hf_padam.optim.importance import SCALE
 from hf_padam.sparsity import count_model_zeros, count_zeros, summarize
 
 STEPS = 20
@@ -113,6 +115,26 @@ def resumed_through_torch(full: bool, target: float | None) -> float:
         train(model, optimizer, 17, 30)
         models.append(full_weights(model))
     return difference_of(*models)
+
+
+def scale_of_pieces(rank: int = 0, processes: int = 1) -> tuple[float, str]:
+    """Train one of several pieces of a tensor, as DeepSpeed makes them; return its scale of importance.
+
+    And what is said if another piece is stepped by itself, as ZeRO-3 does with sub-groups.
+    """
+    whole = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    piece, grad = (part.chunk(processes)[rank].clone() for part in (whole, torch.arange(64.0)))
+    optimizer = PAdam([piece.requires_grad_()], importance="fisher")
+    refusal = ""
+    for step in range(STEPS):
+        piece.grad = grad * (-1) ** step
+        optimizer.step()
+    optimizer.param_groups[0]["params"] = [piece.detach().clone().requires_grad_()]
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        refusal = str(error)
+    return optimizer.param_groups[0][SCALE], refusal
 
 
 def save(path: Path, model: nn.Module, optimizer: PAdam) -> None:
@@ -205,6 +227,8 @@ def main(directory: str) -> dict:
         zero3_refusal = str(PAdam([("head", zero3_placeholder())]))
     except ValueError as error:
         zero3_refusal = str(error)
+    sys.modules["deepspeed"] = ModuleType("deepspeed")
+    pieces = scale_of_pieces(dist.get_rank(), dist.get_world_size())
     state = optimizer.state[model.last.weight]
     empty = [0 for _ in range(dist.get_world_size())]
     dist.all_gather_object(empty, state["exp_avg"].to_local().numel())
@@ -215,6 +239,7 @@ def main(directory: str) -> dict:
         "target_difference": difference_of(targets["fully_shard"][1], torch.load(Path(directory) / "target.pt")),
         "shards_of_last": empty,
         "resumed": resumed,
+        "pieces": pieces,
         "refusal": refusal,
         "zero3_refusal": zero3_refusal,
         "step_is_a_cpu_scalar": type(state["step"]) is Tensor and state["step"].shape == (),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from processes import job
-from sharded import STEPS, OddModel, load, optimizer_for, save, train, train_to_target
+from sharded import STEPS, OddModel, load, optimizer_for, save, scale_of_pieces, train, train_to_target
 
 from hf_padam.sparsity import count_model_zeros, summarize
 
@@ -59,6 +59,12 @@ def test_parameters_that_fsdp1_flattened_are_refused(trained):
 
 def test_a_tensor_of_zeros_is_refused_under_zero3_too(trained):
     assert "parameter head" in trained[-1]["zero3_refusal"] and "all zeros" in trained[-1]["zero3_refusal"]
+
+
+def test_pieces_of_deepspeed_are_measured_in_one_unit_or_not_at_all(trained):
+    scale, refusal = trained[-1]["pieces"]
+    assert (pytest.approx(scale, rel=1e-6), "") == scale_of_pieces()
+    assert "sub_group_size" in refusal
 
 
 def test_a_checkpoint_of_one_process_goes_on_in_two(trained):

@@ -175,9 +175,11 @@ def test_deepspeed_trains_like_one_process(tmp_path, config, one_process, stage,
 
 @needs_deepspeed
 @pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch by fisher", "padam by fisher"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_steps_an_optimizer_with_an_added_decay_as_one_process_does(tmp_path, config, stage):
-    recipe, optim = REPOSITORY / "recipes" / "finetune_clm.py", ["--optim", "adamw_torch"]
+def test_deepspeed_decays_as_one_process_does(tmp_path, config, stage, optim):
+    recipe, (name, *fisher) = REPOSITORY / "recipes" / "finetune_clm.py", optim.split()
+    optim = ["--optim", name, *(["--importance", "fisher", "--max_steps", "16"] if fisher else [])]
     run_alone(config, tmp_path / "one", *optim)
     command = [
         REPOSITORY / "tests/training/distributed.py",
@@ -191,6 +193,22 @@ def test_deepspeed_steps_an_optimizer_with_an_added_decay_as_one_process_does(tm
     file = f"deepspeed_zero{stage}.yaml"
     accelerate_launch(file, "--mixed_precision", "no", *command, "--output_dir", tmp_path / "two")
     check_equal(tmp_path / "two", tmp_path / "one")
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_goes_on_from_a_checkpoint_to_the_bit(tmp_path, config, stage):
+    recipe = REPOSITORY / "recipes" / "finetune_clm.py"
+    command = [REPOSITORY / "tests/training/distributed.py", "over_gloo", recipe, config, "--ddp_backend", "gloo"]
+    command += ["--importance", "fisher", "--max_steps", "16", "--save_strategy", "steps", "--save_steps", "14"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for out, more in ((whole, []), (resumed, ["--resume_from_checkpoint", whole / "checkpoint-14"])):
+        file = f"deepspeed_zero{stage}.yaml"
+        accelerate_launch(file, "--mixed_precision", "no", *command, "--output_dir", out, *more)
+    weights, expected = (load_file(out / "model.safetensors") for out in (resumed, whole))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    assert not (resumed / "checkpoint-14").exists(), "it began there"
 
 
 def test_fsdp_without_a_gpu_is_refused_with_the_file_to_use(monkeypatch):
