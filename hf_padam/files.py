@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+LOCK = "_hf_padam.lock"
+"""Of a directory. The Hub gets no files of such names from a Trainer."""
 
 INCOMPLETE = ".incomplete"
 """The directory, in a run's output directory, of what is being written and has not been renamed to its place yet."""
@@ -95,8 +99,8 @@ def locked(path: str | Path) -> Iterator[bool]:
     """Let nobody else who asks for the same lock run the block meanwhile; this thread may ask again inside.
 
     Args:
-        path: A directory; or a file, which is made for it and deleted afterwards. A process that is killed holds no
-            lock, whatever file it leaves.
+        path: A directory, in which a file is made for it; or that file. It is deleted afterwards. A process that is
+            killed holds no lock, whatever file it leaves.
 
     Yields:
         Whether that is certain: some network file systems have no locks.
@@ -118,8 +122,8 @@ def locked(path: str | Path) -> Iterator[bool]:
     finally:
         if path in _locked:  # which it is not in a forked process
             del _locked[path]
-            if not path.is_dir():
-                path.unlink(missing_ok=True)
+            with suppress(OSError):  # where nothing may be deleted, nothing was made
+                _lock_file(path).unlink(missing_ok=True)
             if handle is not None:
                 os.close(handle)
 
@@ -141,13 +145,22 @@ def _leave_locks() -> None:
 os.register_at_fork(after_in_child=_leave_locks)
 
 
+def _lock_file(path: Path) -> Path:
+    """Return the file to lock: of network file systems, other machines do not see the locks on directories."""
+    return path / LOCK if path.is_dir() else path
+
+
 def _lock(path: Path) -> int | None:
     """Lock a file or directory and return its handle; None where there are no locks."""
+    file = _lock_file(path)
     while True:
-        handle = os.open(path, os.O_RDONLY | (0 if path.is_dir() else os.O_CREAT), 0o666)
+        try:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # those of reading alone are refused an NFS lock
+        except OSError:  # of a directory that cannot be written to; whoever writes will say so
+            return None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
+            if file.exists() and os.path.samestat(os.fstat(handle), os.stat(file)):
                 return handle
             os.close(handle)  # its holder has deleted it since
         except OSError as error:
@@ -255,13 +268,16 @@ def is_free(directory: Path) -> bool:
     """Whether nothing is there, or an empty directory. What a new file system holds by itself does not count."""
     if not directory.exists():
         return True
-    return directory.is_dir() and all(path.name in (INCOMPLETE, "lost+found") for path in directory.iterdir())
+    return directory.is_dir() and all(path.name in (INCOMPLETE, LOCK, "lost+found") for path in directory.iterdir())
 
 
 def _is_fixed(directory: Path) -> bool:
     """Whether a directory cannot be renamed, or would be gone for whoever works in it."""
     mounts = Path("/proc/self/mountinfo")  # of a bind mount from the same disk, nothing else knows
-    names = [line.split()[4] for line in mounts.read_text().splitlines()] if mounts.is_file() else []
+    lines = mounts.read_text().splitlines() if mounts.is_file() else []
+    names = [
+        re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in lines
+    ]  # a space: \040
     fixed = directory.is_mount() or str(directory) in names or not os.access(directory.parent, os.W_OK)
     return fixed or os.path.samefile(directory, ".")
 
@@ -271,7 +287,7 @@ def _explained(path: Path, kind: type[Exception] = OSError) -> Iterator[None]:
     """Say of an error what could not be written, and how full its disk is."""
     try:
         yield
-    except (BusyError, FileExistsError):
+    except (BusyError, FileExistsError, ValueError):  # what is written is at fault
         raise
     except kind as error:
         raise WriteError(f"{path} could not be written: {error}. {describe_disk(path.parent)}") from error

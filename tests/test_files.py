@@ -16,6 +16,7 @@ import pytest
 from conftest import REPOSITORY
 
 from hf_padam.files import (
+    LOCK,
     BusyError,
     WriteError,
     discard,
@@ -99,7 +100,7 @@ def test_where_nothing_can_be_locked_writers_have_directories_of_their_own(way, 
 
 def test_a_lock_may_be_asked_for_again_by_its_holder_but_not_inherited_by_its_children(tmp_path):
     with locked(tmp_path) as alone, locked(tmp_path) as again:
-        assert alone and again
+        assert alone and again and os.listdir(tmp_path) == [LOCK]  # a file, whose locks other machines see
         child = os.fork()
         if not child:
             try:
@@ -110,21 +111,29 @@ def test_a_lock_may_be_asked_for_again_by_its_holder_but_not_inherited_by_its_ch
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
     with locked(tmp_path) as alone:
         assert alone
+    assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("mount", ["mount -t tmpfs tmpfs mounted", "mount --bind elsewhere mounted"])
+@pytest.mark.parametrize("way", [staged_directory, staged_new_directory])
+def test_what_is_wrong_with_the_contents_is_not_blamed_on_the_disk(way, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="^no such dtype$"), way("."):
+        raise ValueError("no such dtype")
+
+
+@pytest.mark.parametrize("mount", ["mount -t tmpfs tmpfs 'my disk'", "mount --bind elsewhere 'my disk'"])
 @pytest.mark.parametrize("way", WAYS)
 def test_an_empty_mount_point_is_written_to(way, mount, tmp_path):
-    (tmp_path / "mounted").mkdir()
+    (tmp_path / "my disk").mkdir()
     (tmp_path / "elsewhere" / "lost+found").mkdir(parents=True)
-    prefix = ["unshare", "-rm", "sh", "-c", f'{mount} && "$@" && cat mounted/file', "sh"]
+    prefix = ["unshare", "-rm", "sh", "-c", f"{mount} && \"$@\" && cat 'my disk/file'", "sh"]
     try:
         permitted = not subprocess.run([*prefix[:-2], f"{mount}", "sh"], cwd=tmp_path, capture_output=True).returncode
     except FileNotFoundError:
         permitted = False
     if not permitted:
         pytest.skip("runs where a user may mount in a namespace of their own (unshare -rm)")
-    command = [*prefix, sys.executable, "-c", WRITER, way, "mounted"]
+    command = [*prefix, sys.executable, "-c", WRITER, way, "my disk"]
     run = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, input="\n", capture_output=True, text=True)
     assert run.stdout == "writing\ntheirs", run.stderr
 
