@@ -13,9 +13,10 @@ import json
 import logging
 import os
 import re
+import secrets
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from accelerate import PartialState
@@ -275,11 +276,12 @@ def staged_checkpoint(checkpoint: str | Path) -> Iterator[Path]:
             for leftover in _leftovers(checkpoint.parent) if alone else ():
                 discard(leftover)
         processes.wait_for_everyone()
+        publishes = _publishes(home)
         try:
             yield home / checkpoint.name
             processes.wait_for_everyone()
-            with processes.main_process_first():  # then the nodes that share no file system with the main process
-                if processes.is_local_main_process and (home / checkpoint.name).is_dir():
+            with processes.main_process_first():
+                if publishes and (home / checkpoint.name).is_dir():
                     _publish(home / checkpoint.name, checkpoint)
         except Exception as error:  # safetensors, torch and the system tell a full disk in ways of their own
             message = (
@@ -292,13 +294,34 @@ def staged_checkpoint(checkpoint: str | Path) -> Iterator[Path]:
             raise CheckpointError(message) from error
 
 
+def _publishes(home: Path) -> bool:
+    """Whether this process publishes what is written in a directory: one on each file system that nodes do not share.
+
+    The main one leaves a file of a name that no node can have in its cache, as one could the checkpoint's directory.
+    """
+    processes = PartialState()
+    mark = home / broadcast_object_list([f"main-{secrets.token_hex(8)}"])[0]
+    if processes.is_main_process:
+        with suppress(OSError):  # writing the checkpoint will say so
+            home.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    processes.wait_for_everyone()
+    return processes.is_main_process or (processes.is_local_main_process and not mark.exists())
+
+
 def _publish(staging: Path, checkpoint: Path) -> None:
     _mark(staging)
     flush_tree(staging)
+    replaced = staging.with_name(f"replaced-{checkpoint.name}")
     if checkpoint.exists():
         logger.warning("%s is replaced by a new one of the same step.", checkpoint)
-        os.rename(checkpoint, staging.with_name(f"replaced-{checkpoint.name}"))
-    os.rename(staging, checkpoint)
+        os.rename(checkpoint, replaced)
+    try:
+        os.rename(staging, checkpoint)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, checkpoint)
+        raise
     flush(checkpoint.parent)
     discard(staging.parent)
 

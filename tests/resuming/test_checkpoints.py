@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -283,6 +283,23 @@ def test_a_failed_save_leaves_what_there_was(tmp_path):
             raise RuntimeError("broken")
     assert os.listdir(tmp_path) == ["checkpoint-1"]
     assert (tmp_path / "checkpoint-1" / "file").read_text() == "first"
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def full(source, destination):
+        if (Path(source) / "second").exists():
+            raise OSError("no space left on device")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", full)
+    for name in ("first", "second"):
+        with nullcontext() if name == "first" else pytest.raises(CheckpointError, match="no space left"):
+            with staged_checkpoint(tmp_path / "checkpoint-1") as staging:
+                staging.mkdir(parents=True)
+                (staging / name).touch()
+    assert os.listdir(tmp_path) == ["checkpoint-1"] and (tmp_path / "checkpoint-1" / "first").exists()
 
 
 class Writes(TrainerCallback):
