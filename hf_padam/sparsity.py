@@ -70,9 +70,10 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def shard_coordinate(tensor: Tensor) -> tuple[int, ...]:
-    """Return which shard of a DTensor this process holds; replicas of one shard get the same answer."""
+    """Return which shard of a tensor this process holds; replicas of one shard get the same answer."""
     if not isinstance(tensor, DTensor):
-        return ()
+        sharding = local_shard(tensor)[1]
+        return () if sharding is None else (dist.get_rank(sharding),)
     coordinate = tensor.device_mesh.get_coordinate() or ()
     return tuple(c for c, p in zip(coordinate, tensor.placements, strict=False) if not p.is_replicate())
 

@@ -123,13 +123,13 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
         ("bf16_stochastic_round", bool, "True or False"),
         ("rounding_seed", numbers.Integral, "an integer"),
         ("late_decay", bool, "True or False"),
-        ("s_rate", numbers.Real, "a number above 0, at most 1; 1 is the paper's method"),
+        ("s_rate", numbers.Real, "1, the paper's method, or a number from 2**-24 to 1 - 2**-24"),
     )
     for name, kind, what in kinds:
         value = values.get(name, 1)
         if name in values and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
             raise ValueError(f"{name}={values[name]!r} is not allowed: it must be {what}")
-        if name == "s_rate" and not 0 < value <= 1:
+        if name == "s_rate" and value != 1 and not 2**-24 <= value <= 1 - 2**-24:  # else fp32 has 0 * inf
             raise ValueError(f"{name}={values[name]!r} is not allowed: it must be {what}")
     if values.get("importance", "magnitude") not in IMPORTANCES:
         raise ValueError(

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -84,9 +83,10 @@ class Measured(NamedTuple):
         flat = self.weight.detach().reshape(-1)
         for part in self._parts(step):
             second = moments[part]
-            squared = flat[part].float().square()
-            sums[0] += torch.dot(squared.to(precise), second.to(precise))
-            sums[1] += squared.mul_(second > 0).sum(dtype=precise)
+            known = (second > 0) & second.isfinite()  # one that has overflown would make all others small
+            squared = torch.where(known, flat[part], 0.0).to(precise).square()
+            sums[0] += torch.dot(squared, torch.where(known, second, 0.0).to(precise))
+            sums[1] += squared.sum()
         sums[0] *= self.factor**2
         return sums * step
 
@@ -123,7 +123,6 @@ def measure(
             if not param.requires_grad:
                 continue
             weight, sharding = local_shard(param)
-            rank = (dist.get_rank(sharding),) if isinstance(sharding, dist.ProcessGroup) else shard_coordinate(param)
             second: Tensor | None = None
             factor: float | Tensor = 1.0
             latest: list[tuple[Tensor, float]] = []
@@ -136,9 +135,9 @@ def measure(
                     if grad is not None:
                         latest = [(unpacked(state["exp_avg"]), 1.0), (grad, 0.5)]
                     own = scale.to(weight.device) if isinstance(scale, Tensor) else scale
-                    correction = 1 - group["betas"][1] ** float(state["step"])
+                    correction = 1 - float(group["betas"][1]) ** float(state["step"])
                     factor = correction**-0.5 / own
-            key = random_key(len(measured), *rank)
+            key = random_key(len(measured), *shard_coordinate(param))
             measured.append(Measured(weight, second, factor, sharding, key, tuple(latest), correction / YOUNG_RATIO))
     return measured
 
@@ -224,8 +223,8 @@ def update_scale(optimizer: Optimizer, taken: int | None = None) -> None:
 
 def _check_whole(optimizer: Optimizer, pool: list[dict[str, Any]]) -> None:
     """Check that a step is about all weights that share a scale: DeepSpeed steps the pieces of its own one by one."""
-    pieces = [id(param) for group in pool for param in group["params"] if is_piece(param)]
-    if pieces and pieces != vars(optimizer).setdefault("_padam_pieces", pieces):
+    pieces = {id(param) for group in pool for param in group["params"] if is_piece(param)}
+    if pieces and not pieces <= vars(optimizer).setdefault("_padam_pieces", pieces):
         raise RuntimeError(
             'importance="fisher" measures all decayed weights in one unit, but DeepSpeed steps them in several parts: '
             "keep them in one parameter group and, under ZeRO-3, set zero_optimization.sub_group_size to their number "

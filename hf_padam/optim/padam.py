@@ -218,8 +218,11 @@ class PAdam(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: If a gradient is sparse, or a group has a target to which nothing steers it.
+            RuntimeError: If a gradient is sparse, or a group has a target to which nothing steers it; or while a CUDA
+                graph is being captured.
         """
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("PAdam's step cannot be captured in a CUDA graph: capture forward and backward only")
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -87,7 +87,7 @@ class Plan:
         own_params, own_grads = [params[place] for place in active], [grad for grad in grads if grad is not None]
         moments = [_local(values) for values in self._kept(states)[1:]]
         tensors = Tensors(_local(own_params), own_grads, *moments)
-        _check_shapes(tensors)
+        _check_places(tensors)
         owned = [(owners[place], place, groups[owners[place]]) for place in active]
         self.buckets = self._sorted(owned, own_params, states, tensors)
         self.elements: defaultdict[torch.device, int] = defaultdict(int)  # on each device
@@ -194,14 +194,15 @@ class Plan:
         return addresses, sizes, layouts, list(map(attrgetter("dtype"), tensors.grads))
 
 
-def _check_shapes(tensors: Tensors) -> None:
-    """Check states before kernels go by the parameters' sizes alone, past the end of what is smaller."""
-    for name, values in zip((*MOMENTS, "s"), tensors[2:], strict=True):
+def _check_places(tensors: Tensors) -> None:
+    """Check all before kernels go by the parameters' sizes and device alone, and past the end of what is smaller."""
+    for name, values in zip(("gradient", *MOMENTS, "s"), tensors[1:], strict=True):
         for param, value in zip(tensors.params, values or [], strict=bool(values)):
-            if value is not None and value.shape != param.shape:
+            if value is not None and (value.shape, value.device) != (param.shape, param.device):
                 raise ValueError(
-                    f"{name} of a parameter of shape {tuple(param.shape)} has the shape {tuple(value.shape)}: "
-                    "the loaded state is of other parameters"
+                    f"{name} of a parameter of shape {tuple(param.shape)} on {param.device} has the shape "
+                    f"{tuple(value.shape)} and is on {value.device}: it is of another parameter, or the model was "
+                    "moved, and its gradients or the optimizer's state were not"
                 )
 
 

@@ -28,6 +28,7 @@ class Histogram(NamedTuple):
     infinite: float  # sizes
     zeros: int  # weights that are exactly zero: all of them, however few were looked at
     extra: float  # see `histogram`
+    deviation: float  # of the share below a size, the standard one and at most, for not all elements were looked at
 
 
 def histogram(tensors: Sequence[Measured], sample: int | None = None, extra: Tensor | None = None) -> Histogram:
@@ -43,13 +44,15 @@ def histogram(tensors: Sequence[Measured], sample: int | None = None, extra: Ten
         elements, step = tensor.weight.numel(), tensor.stride(sample)
         counts = torch.stack([_bincount(_bits(x) >> _SHIFT) for _, x in tensor.slices(step)]).sum(0)
         zeros = zeros_in(tensor.weight).to(counts.dtype)
-        return torch.cat([counts * (elements / math.ceil(elements / step)), zeros[None]])
+        seen = math.ceil(elements / step)
+        variance = torch.full_like(zeros, 0.25 * elements**2 / seen if step > 1 else 0.0)
+        return torch.cat([counts * (elements / seen), zeros[None], variance[None]])
 
-    total = _total(tensors, count, _BINS + 1)
+    total = _total(tensors, count, _BINS + 2)
     number = torch.ones_like(total[:1]) if extra is None else extra.to(total)[None]
-    counts, zeros, extra_number = torch.cat([total, number]).cpu().double().split([_BINS, 1, 1])
-    infinite = float(counts[_INFINITE:].sum())
-    return Histogram(counts[:_INFINITE], infinite, int(zeros), float(extra_number))
+    counts, zeros, variance, extra_number = torch.cat([total, number]).cpu().double().split([_BINS, 1, 1, 1])
+    infinite, deviation = float(counts[_INFINITE:].sum()), math.sqrt(float(variance)) / max(1.0, float(counts.sum()))
+    return Histogram(counts[:_INFINITE], infinite, int(zeros), float(extra_number), deviation)
 
 
 def quantile(histogram: Tensor, share: float) -> float:

@@ -338,11 +338,11 @@ class TargetSparsity:
         sample = max(
             _POOL_SAMPLE // len(_params(pool)), _SAMPLE // sum(len(_params(other)) for other in self._pools())
         )
-        last = max(_LAST, _DEVIATIONS * 0.5 / math.sqrt(sample * len(_params(pool))))
-        ahead = min(self.planned(step + horizon, pool[0]["target_initial"], target), target - last)
         mu = self._scale(pool, sample)
         measured = self._measured(pool, mu, spare_young=_prunes(pool))
-        counts, _, zeros, scale = histogram(measured, sample, mu)
+        counts, _, zeros, scale, deviation = histogram(measured, sample, mu)
+        last = max(_LAST, _DEVIATIONS * deviation)
+        ahead = min(self.planned(step + horizon, pool[0]["target_initial"], target), target - last)
         if zeros >= ahead * float(counts.sum()):
             for group in pool:
                 group["target_reference"] = 0.0

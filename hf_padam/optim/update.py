@@ -65,6 +65,10 @@ their root mean square, and few are three times as large. Both are so while a we
 just a few: in an expert that was not routed to, for a token that was not seen."""
 
 
+_STEEP = 2.0**100
+"""Powers beyond are all the same to fp32, whose products with this one are finite."""
+
+
 class Form(enum.Enum):
     """Which expression of ``x^(p - 2)`` applies: known before the weights are, so backends may specialise on it."""
 
@@ -192,7 +196,7 @@ def prepare(
         eps=eps,
         shrink=1 + lr * weight_decay,
         decay=decay,
-        exponent=p_norm - 2,
+        exponent=min(max(p_norm - 2, -_STEEP), _STEEP),
         size_scale=min(max(scale, _SMALLEST_NORMAL), LARGEST),
         young=correction2 / YOUNG_RATIO,
         late_decay=late_decay and form is not Form.NONE,  # else a backend would build a kernel that does the same

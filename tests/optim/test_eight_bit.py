@@ -1,5 +1,6 @@
 """PAdam with 8-bit moments: the same update, a quarter of the state, saved and resumed exactly."""
 
+import contextlib
 import sys
 
 import pytest
@@ -198,6 +199,11 @@ def test_without_torchao_the_arguments_say_what_to_install(tmp_path, monkeypatch
 def test_a_full_fsdp_state_is_refused_before_training(tmp_path, monkeypatch):
     from hf_padam import PAdamTrainingArguments
 
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        own = {"fsdp": True, "fsdp_config": {"state_dict_type": kind}}
+        refused = pytest.raises(ValueError, match="SHARDED_STATE_DICT") if kind[0] == "F" else contextlib.nullcontext()
+        with refused:
+            PAdamTrainingArguments(str(tmp_path), optim="padam_8bit", use_cpu=True, **own)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     with pytest.raises(ValueError, match="SHARDED_STATE_DICT"):

@@ -54,6 +54,21 @@ def test_the_mean_square_size_is_that_of_the_weights():
     assert group["importance_scale"] == pytest.approx(mu, rel=0.2) and group["importance_step"] in range(20, 30)
 
 
+@pytest.mark.parametrize("importance", ["magnitude", "fisher"])
+def test_a_weight_whose_second_moment_has_overflown_makes_no_other_small(importance):
+    weights = []
+    for spike in (1.0, 1e25):
+        weight = nn.Parameter(torch.linspace(0.1, 1, 64))
+        optimizer = PAdam([weight], lr=1e-3, importance=importance, lambda_p=1e-3, betas=(0.9, torch.tensor(0.999)))
+        for step in range(20):
+            weight.grad = torch.randn(64, generator=torch.Generator().manual_seed(step))
+            weight.grad[0] = spike
+            optimizer.step()
+        weights.append(weight.detach())
+    torch.testing.assert_close(weights[0][1:], weights[1][1:], rtol=0.05, atol=0)
+    assert weights[1].count_nonzero() == 64
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 @pytest.mark.parametrize("how", [{"lambda_p": 1e-3}, {"steer": 0.6}, {"steer": 0.6, "p_norm": -3.0}], ids=str)
 def test_the_scale_of_the_loss_does_not_matter(scale, how):

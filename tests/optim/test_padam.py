@@ -301,6 +301,7 @@ def test_a_tensor_that_starts_at_zero_is_refused_by_name():
         ("lambda_p", -0.1), ("lambda_p", float("nan")), ("lambda_p", None),
         ("weight_decay", -0.1), ("weight_decay", float("inf")),
         ("late_decay", 1), ("s_rate", 0.0), ("s_rate", 1.5), ("s_rate", float("nan")), ("s_rate", "1"),
+        ("s_rate", 1 - 1e-9), ("s_rate", 1e-40),
         ("backend", "cuda"),
     ],
 )  # fmt: skip

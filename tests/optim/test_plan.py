@@ -364,6 +364,21 @@ def test_the_scale_of_a_constant_decay_is_read_at_few_steps():
 
 
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
+@pytest.mark.parametrize("left", ["state", "gradient"])
+def test_what_was_left_behind_is_refused_before_a_kernel_reads_there(backend, left):
+    """The meta device stands for a GPU from which the model was moved, or to which; sizes may differ, too."""
+    params, optimizer = build(backend)
+    set_gradients(params, 0)
+    if left == "state":
+        optimizer.step()
+        optimizer.state[params[0]]["exp_avg"] = optimizer.state[params[0]]["exp_avg"].to("meta")
+    else:
+        params[0].data = torch.ones(64, *params[0].shape[1:])
+    with pytest.raises(ValueError, match="exp_avg .*is on meta" if left == "state" else "gradient of a parameter"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
 def test_a_state_of_another_shape_is_refused_before_a_kernel_runs_past_its_end(backend, name):
     params, optimizer = build(backend)
@@ -373,7 +388,7 @@ def test_a_state_of_another_shape_is_refused_before_a_kernel_runs_past_its_end(b
     loaded["state"][3][name] = torch.zeros(2, 16)
     optimizer.load_state_dict(loaded)
     before = [param.clone() for param in params]
-    with pytest.raises(ValueError, match=rf"{name} of a parameter of shape \(16, 16\) has the shape \(2, 16\)"):
+    with pytest.raises(ValueError, match=rf"{name} of a parameter of shape \(16, 16\) on cpu has the shape \(2, 16\)"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
 

@@ -269,6 +269,20 @@ def test_quantiles_are_right_to_a_bin():
         assert quantile(histogram(measured, sample=10_000)[0], q) == pytest.approx(exact, rel=0.05)
 
 
+def test_how_far_a_quantile_may_be_off_is_known_though_one_tensor_has_most_of_the_weights():
+    torch.manual_seed(0)
+    params = [torch.randn(1_000_000), *(0.01 * torch.randn(1000) for _ in range(9))]
+    misses = []
+    for i in range(20):
+        measured = [Measured(p[torch.randperm(len(p))], None, 1.0, None, i) for p in params]
+        sizes = histogram(measured, sample=1000)
+        below = torch.cat(params).abs() < quantile(sizes.counts, 0.5)
+        misses.append(float(below.double().mean()) - 0.5)
+    spread = math.sqrt(sum(miss**2 for miss in misses) / len(misses))
+    assert 0.5 * sizes.deviation < spread < 1.5 * sizes.deviation
+    assert histogram(measured).deviation == 0  # all are looked at
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

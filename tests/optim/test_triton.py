@@ -78,6 +78,17 @@ LAYOUTS = {
 
 
 @interpreted
+@pytest.mark.parametrize("p_norm", [-1e38, -200.0, 150.0, 1e38])
+def test_no_p_makes_nan(p_norm):
+    """Of sizes next to that to which a steep power is relative, each is told apart, by the eager step too."""
+    ours, theirs = both(lambda t: 1 + t / 4, [torch.float32] * 4, p_norm)
+    assert all(torch.isfinite(t).all() for tensors in (*ours, *theirs) for t in tensors)
+    alive = [(a[0] != 0) & (b[0] != 0) for a, b in zip(ours[:1], theirs[:1], strict=True)][0]
+    torch.testing.assert_close(ours[0][0][alive], theirs[0][0][alive], rtol=1e-4, atol=1e-6)
+    assert ((ours[0][0] == 0) == (theirs[0][0] == 0)).float().mean() > 0.99
+
+
+@interpreted
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("p_norm", "variant"),

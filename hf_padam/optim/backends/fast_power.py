@@ -62,8 +62,6 @@ def exponent_parts(y: float) -> tuple[float, float, float]:
     The upper part has 12 bits, so its product with the 8 bits of an exponent is exact; the lower one has the digits
     that fp32 could not hold.
     """
-    if math.isinf(y):  # takes no power
-        return 0.0, 0.0, math.inf
     mantissa, binary_exponent = math.frexp(y)
     upper = math.ldexp(round(mantissa * 4096), binary_exponent - 12)
     return upper, y - upper, math.inf if y < 0 else 0.0**y

@@ -76,10 +76,7 @@ def step(
 
     Raises:
         KernelError: If the kernel cannot be built.
-        RuntimeError: While a CUDA graph is being captured.
     """
-    if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("PAdam's step cannot be captured in a CUDA graph: capture forward and backward only")
     lists = (params, grads, exp_avgs, exp_avg_sqs, *([s] if s else []))
     kept = {} if kept is None else kept
     keys = rounding.tensor_keys if rounding else [0] * len(params)

@@ -36,9 +36,9 @@ def power(x, y, y_upper, y_lower, at_zero):
     m = ((bits & _MANTISSA) | _ONE).to(tl.float32, bitcast=True)
     product = y_upper * e
     whole = tl.floor(product + 0.5)
-    rest = (product - whole) + (y_lower * e + y * tl.log2(m))
-    biased = tl.minimum(tl.maximum(whole, -127.0), 128.0).to(tl.int32) + 127
-    scale = (biased << 23).to(tl.float32, bitcast=True)
+    exact = tl.minimum(tl.maximum(whole, -126.0), 127.0)  # neither 0 nor inf, which rest's power may turn into NaN
+    rest = (product - whole) + (y_lower * e + y * tl.log2(m)) + (whole - exact)
+    scale = ((exact.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
     return tl.where(x < _SMALLEST_NORMAL, at_zero, scale * tl.exp2(rest))
 
 
