@@ -24,7 +24,7 @@ from support.arguments import DataArguments, ModelArguments, check_output_dir, c
 from support.before import TestBefore
 from support.data import load_blocks
 from support.errors import UsageError, reports_usage_errors
-from support.models import load_model_and_tokenizer, load_teacher, save_model
+from support.models import load_model_and_tokenizer, load_teacher, save_trained, upload
 from support.pictures import Magnitudes
 from support.positions import longest_sequence
 from support.pruning import PruningArguments, evaluate_one_shot
@@ -86,7 +86,7 @@ def main() -> None:
     test = trainer.evaluate(splits["test"], metric_key_prefix="test")
 
     # 4. What comes out: model and tokenizer first, the results last.
-    save_model(output_dir, trainer.save_model, args.should_save)
+    save_trained(trainer, output_dir)
     one_shot = evaluate_one_shot(trainer, pruning_args, splits["test"])
     block_size = len(next(iter(splits["train"]))["input_ids"])
     report.conclude(
@@ -105,9 +105,10 @@ def main() -> None:
         one_shot=one_shot,
         **report.target(trainer.optimizer),
         train_steps=trainer.state.global_step,
-        train_tokens_per_second=timer.tokens_per_second(args, block_size),
+        train_tokens_per_second=timer.tokens_per_second(trainer, block_size),
         seed=args.seed,
     )
+    upload(trainer, output_dir)
 
 
 if __name__ == "__main__":

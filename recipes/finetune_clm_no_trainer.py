@@ -37,7 +37,7 @@ from hf_padam.resuming.checkpoints import claimed
 from hf_padam.resuming.interruption import EXIT_STATUS, StopSignal
 from hf_padam.training.gradients import check_gradient_norm
 from hf_padam.training.lost_updates import warn_of_lost_updates
-from hf_padam.training.options import check_under_deepspeed, has_target, with_defaults
+from hf_padam.training.options import check_deepspeed, check_under_deepspeed, has_target, with_defaults
 from hf_padam.training.param_groups import remember_choice
 from hf_padam.training.perplexity import PerplexityMeter, own_loss
 from hf_padam.training.uneven_ends import rows_that_count
@@ -82,6 +82,7 @@ def main() -> None:
         decay = with_defaults(vars(args))
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             check_under_deepspeed(decay)
+            check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, "padam")
         which = {key: getattr(args, key) for key in ("decay_embeddings", "dense_modules", "target_sparsity")}
         groups = get_param_groups(
             model,
@@ -197,6 +198,7 @@ def main() -> None:
                 if torch.accelerator.is_available():
                     torch.accelerator.synchronize()
                 progress.seconds += time.perf_counter() - start
+                progress.tokens += batch["input_ids"].numel() * accelerator.num_processes
                 progress.batches += 1
                 if not accelerator.sync_gradients:
                     continue
@@ -235,8 +237,6 @@ def main() -> None:
             tokenizer.save_pretrained(directory)
 
     save_model(output_dir, save, accelerator.is_main_process)
-    block_size = len(next(iter(splits["train"]))["input_ids"])
-    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     report.conclude(
         output_dir,
         plain,
@@ -252,7 +252,7 @@ def main() -> None:
         test_perplexity_before=progress.test_before,
         **report.target(optimizer),
         train_steps=progress.step,
-        train_tokens_per_second=progress.step * batch_size * block_size / progress.seconds,
+        train_tokens_per_second=progress.tokens / progress.seconds,
         seed=args.seed,
     )
     accelerator.end_training()

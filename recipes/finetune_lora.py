@@ -20,13 +20,14 @@ from support.base_zeros import BaseZeros
 from support.before import TestBefore
 from support.data import load_blocks
 from support.errors import UsageError, needs_extra, reports_usage_errors
-from support.models import load_model_and_tokenizer, save_model
+from support.models import load_model_and_tokenizer, load_teacher, save_trained, upload
 from support.positions import longest_sequence
 from support.timing import StepTimer
 from transformers import default_data_collator, set_seed
 from transformers.training_args import OptimizerNames
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments, decayed_parameters
+from hf_padam.training.param_groups import remember_choice, remembered_choice
 
 try:
     from peft import LoraConfig, get_peft_model
@@ -75,13 +76,19 @@ def main() -> None:
     resume = check_resume(args.resume_from_checkpoint)
     set_seed(args.seed)
     model, tokenizer = load_model_and_tokenizer(model_args, args.main_process_first(desc="fetching"))
+    fetching = args.main_process_first(desc="fetching the teacher")
+    teacher = load_teacher(args.distill_from, args.distill_dtype, model_args, (model, tokenizer), fetching)
     max_length = longest_sequence(model, tokenizer)
     hub_options = {"token": model_args.token, "cache_dir": model_args.cache_dir}
     splits = load_blocks(data_args, tokenizer, max_length, args.main_process_first(desc="tokenizing"), hub_options)
 
     # 2. The base's zeros, noted before PEFT freezes and wraps its weights; the adapters and their Trainer.
     zeros = BaseZeros(model)
-    decayed = list(decayed_parameters(model))
+    try:
+        choice = remembered_choice(model.config)
+        decayed = list(decayed_parameters(model, **choice))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     before = report.Magnitudes.of(model, decayed)
     targets = lora_args.lora_target_modules
     config = LoraConfig(
@@ -102,6 +109,7 @@ def main() -> None:
             processing_class=tokenizer,
             data_collator=default_data_collator,
             callbacks=[timer],
+            teacher=teacher,
         )
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise UsageError("this recipe merges whole weights: train sharded adapters with PEFT's own scripts")
@@ -118,6 +126,7 @@ def main() -> None:
 
     found = {"test_perplexity_before": TestBefore.result(trainer), "test_perplexity_adapted": test()}
     trainer.model = merged = adapted.merge_and_unload()
+    remember_choice(merged, **choice)
     found["test_perplexity_merged"] = found["test_perplexity"] = test()
     filled = zeros.filled(merged)
     fate = f"are lost: perplexity {found['test_perplexity']:.4f}. --keep_zeros true would keep them"
@@ -129,7 +138,7 @@ def main() -> None:
         validation = trainer.evaluate(metric_key_prefix="validation")
 
     # 4. What comes out: model and tokenizer first, the results last.
-    save_model(output_dir, trainer.save_model, args.should_save)
+    save_trained(trainer, output_dir)
     report.conclude(
         output_dir,
         merged,
@@ -145,11 +154,12 @@ def main() -> None:
         zeros_of_base=zeros.number,
         zeros_filled_by_merging=filled,
         train_steps=trainer.state.global_step,
-        train_tokens_per_second=timer.tokens_per_second(args, len(next(iter(splits["train"]))["input_ids"])),
+        train_tokens_per_second=timer.tokens_per_second(trainer, len(next(iter(splits["train"]))["input_ids"])),
         seed=args.seed,
     )
     if trainer.is_world_process_zero():
         print(f"Merging filled {filled:,} of the base's {zeros.number:,} zeros, which {fate}.")
+    upload(trainer, output_dir)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from support import report
 from support.arguments import ModelArguments, check_output_dir, check_resume, parse_arguments
 from support.conversations import ConversationArguments, load_conversations
 from support.errors import UsageError, needs_extra, reports_usage_errors
-from support.models import load_model_and_tokenizer, save_model
+from support.models import load_model_and_tokenizer, save_trained, upload
 from support.positions import longest_sequence
 from support.timing import StepTimer
 from transformers import TrainerCallback, set_seed
@@ -47,7 +47,7 @@ class SFTArguments(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.metric_for_best_model == "loss":  # of one of the splits
+        if self.metric_for_best_model in ("loss", "eval_loss"):  # of one of the splits
             self.metric_for_best_model = "validation_loss"
         decay_targets(self)  # raises a ValueError on options that padam does not have, before anything is loaded
 
@@ -60,7 +60,7 @@ def parse(argv: list[str]) -> tuple[Any, ...]:
 
 def perplexities(trainer: SFTTrainer) -> dict[str, float]:
     """Return the perplexity of both held-out splits, exact over tokens; TRL reports means of batches' means."""
-    same = ("output_dir", "per_device_eval_batch_size", "bf16", "fp16", "use_cpu", "disable_tqdm")
+    same = ("output_dir", "per_device_eval_batch_size", "bf16", "fp16", "use_cpu", "disable_tqdm", "seed")
     options = {name: getattr(trainer.args, name) for name in same}
     args = PAdamTrainingArguments(**options, report_to="none", remove_unused_columns=False)
     evaluation = PAdamTrainer(trainer.model, args, data_collator=trainer.data_collator)
@@ -74,6 +74,11 @@ def perplexities(trainer: SFTTrainer) -> dict[str, float]:
     return found
 
 
+def tokens_of(history: list[dict[str, float]]) -> float:
+    """Return how many tokens a run had been trained on at its last log."""
+    return next((row["num_tokens"] for row in reversed(history) if "num_tokens" in row), 0)
+
+
 class Before(TrainerCallback):
     """Find the perplexities as training begins, and keep them in the log history, for a run that is resumed.
 
@@ -81,10 +86,11 @@ class Before(TrainerCallback):
     """
 
     def __init__(self, trainer: SFTTrainer) -> None:
-        self.trainer = trainer
+        self.trainer, self.tokens = trainer, 0.0  # which it was trained on before it was interrupted
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Find them, unless the log history has them."""
+        self.tokens = tokens_of(state.log_history)
         if self.result is None:
             self.trainer.log({f"before_{name}": value for name, value in perplexities(self.trainer).items()})
 
@@ -138,9 +144,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
     # 3. What comes out: model and tokenizer first, the results last.
-    save_model(output_dir, trainer.save_model, args.should_save)
+    save_trained(trainer, output_dir)
     history = trainer.state.log_history
-    tokens = next((row["num_tokens"] for row in reversed(history) if "num_tokens" in row), 0)
     report.conclude(
         output_dir,
         trainer.accelerator.unwrap_model(trainer.model),
@@ -155,9 +160,10 @@ def main() -> None:
         test_perplexity_before=before.result,
         **report.target(trainer.optimizer),
         train_steps=trainer.state.global_step,
-        train_tokens_per_second=tokens / timer.seconds if timer.seconds else 0.0,
+        train_tokens_per_second=(tokens_of(history) - before.tokens) / timer.seconds if timer.seconds else 0.0,
         seed=args.seed,
     )
+    upload(trainer, output_dir)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from support import report
 from support.arguments import check_output_dir, check_resume, parse_arguments
 from support.characters import Blocks, TextArguments, character_tokenizer, collate_blocks, encode, load_text
 from support.errors import UsageError, reports_usage_errors
-from support.models import save_model
+from support.models import save_trained, upload
 from support.pictures import Magnitudes
 from support.pruning import PruningArguments, evaluate_one_shot
 from support.timing import StepTimer
@@ -155,7 +155,7 @@ def main() -> None:
 
     # 4. What comes out: the model first, the results last.
     model.config.use_cache = True
-    save_model(output_dir, trainer.save_model, args.should_save)
+    save_trained(trainer, output_dir)
     one_shot = evaluate_one_shot(trainer, pruning_args)
     history = trainer.state.log_history
     evaluations = [row for row in history if "eval_perplexity" in row]
@@ -177,9 +177,10 @@ def main() -> None:
         one_shot=one_shot,
         **report.target(trainer.optimizer),
         train_steps=trainer.state.global_step,
-        train_tokens_per_second=timer.tokens_per_second(args, block_size),
+        train_tokens_per_second=timer.tokens_per_second(trainer, block_size),
         seed=args.seed,
     )
+    upload(trainer, output_dir)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,10 @@ class ResumableTrainer(Trainer):
             self._place = self._begin(apart=not checkpoint or self._resumed.get("draws_apart", False))
             if checkpoint:
                 self._check_settings(str(checkpoint), self._resumed.get("settings", {}))
+            if self.args.world_size > 1 and self.model_wrapped is self.model and not self.is_fsdp_enabled:
+                # An evaluation has marked the bare model as prepared: replicas would train apart from each other.
+                self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+                vars(self.model).pop("_is_accelerate_prepared", None)
             return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _check_settings(self, checkpoint: str, saved: dict[str, Any]) -> None:

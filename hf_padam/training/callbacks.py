@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from ..optim import PAdam, TargetSparsity, steering_of, unwrap
 from ..optim.schedules import DEFAULT_SHARE, check_schedule, set_p_norm
@@ -13,7 +14,7 @@ from ..optim.schedules import DEFAULT_START as DEFAULT_SCHEDULE_START
 from ..optim.target_options import DEFAULT_END, DEFAULT_START, check_plan
 from .decay_report import warn_of_strangers
 from .lost_updates import warn_of_lost_updates
-from .options import options_of
+from .options import check_deepspeed, options_of
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +89,16 @@ class CallbackFromGroups(TargetSparsityCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach if the groups say so; refuse tensors that start as zeros, now that a checkpoint has been loaded."""
-        optimizer = unwrap(kwargs.get("optimizer"))
+        """Attach if the groups say so; refuse what could not be refused before.
+
+        Tensors that start as zeros, now that a checkpoint has been loaded; and an optimizer of DeepSpeed's own.
+        """
+        optimizer = innermost = unwrap(kwargs.get("optimizer"))
+        while hasattr(innermost, "optimizer"):
+            innermost = innermost.optimizer
+        plugin, name = getattr(args, "deepspeed_plugin", None), OptimizerNames(args.optim).value
+        if plugin is not None and name.startswith("padam") and not isinstance(innermost, PAdam):
+            check_deepspeed(plugin.deepspeed_config, name)
         if getattr(optimizer, CHECK_LATER, False):
             optimizer.check_zero_start()
         groups = getattr(optimizer, "param_groups", [])

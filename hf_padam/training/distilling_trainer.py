@@ -11,7 +11,7 @@ from ..resuming.checkpoints import CheckpointError
 from ..resuming.resumable import ResumableTrainer
 from .distillation import Distillation, shifts_labels
 from .options import DISTILLATION, options_of
-from .teacher import START, Teacher, check_vocabularies
+from .teacher import START, Teacher, check_vocabularies, load_teacher
 
 _TEACHER = "teacher"
 """Among the settings that a checkpoint keeps: a hash of the teacher's weights."""
@@ -99,11 +99,12 @@ class DistillingTrainer(ResumableTrainer):
             teacher = earlier.teacher  # the model as it was at the start has been trained since
         elif args.distill_from == START:
             teacher = Teacher.copied(self.model, tokenizer, **options)
-        elif self._given_teacher is not None:
-            teacher = Teacher(*self._given_teacher, name=args.distill_from, **options)
         else:
-            with args.main_process_first(desc="fetching the teacher"):
-                teacher = Teacher.load(args.distill_from, causal=shifts_labels(self.model), **options)
+            loaded = self._given_teacher
+            if loaded is None:
+                with args.main_process_first(desc="fetching the teacher"):
+                    loaded = load_teacher(args.distill_from, shifts_labels(self.model), args.distill_dtype)
+            teacher = Teacher(*loaded, name=args.distill_from, **options)
         check_vocabularies(teacher.name, (self.model, tokenizer), (teacher.model, teacher.tokenizer))
         self._found = found
         self._distillation = Distillation(teacher, args.distill_weight, args.distill_temperature)

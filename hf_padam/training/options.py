@@ -250,6 +250,29 @@ def check_under_deepspeed(options: Mapping[str, Any]) -> None:
         )
 
 
+def check_deepspeed(config: Mapping[str, Any], name: str) -> None:
+    """Check that DeepSpeed takes the optimizer that has a p-norm decay.
+
+    Args:
+        config: DeepSpeed's configuration.
+        name: The optimizer's.
+
+    Raises:
+        ValueError: If it makes one of its own, which has none.
+    """
+    if "optimizer" in config:
+        key = "an optimizer section"
+    else:
+        offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+        if offload.get("device", "none") == "none" or not config.get("zero_force_ds_cpu_optimizer", True):
+            return
+        key = "offload_optimizer, for which accelerate replaces the optimizer"
+    raise ValueError(
+        f"DeepSpeed takes an optimizer of its own, without a p-norm decay, in place of {name}: its configuration has "
+        f"{key}. Remove that (or set zero_force_ds_cpu_optimizer to false, for offload_optimizer), or use FSDP2"
+    )
+
+
 def check_target(options: Mapping[str, Any]) -> None:
     """Check that a target sparsity, if there is one, goes with the other options, and that these have an effect.
 

@@ -72,28 +72,6 @@ def check_decay_options(args: Any) -> None:
         raise ValueError(f"lambda_p={args.lambda_p!r} does not go with optim={name!r}: {why}. Choose another optim")
 
 
-def check_deepspeed(config: dict[str, Any]) -> None:
-    """Check that DeepSpeed takes the optimizer that the decay is added to.
-
-    Args:
-        config: DeepSpeed's configuration.
-
-    Raises:
-        ValueError: If it makes one of its own.
-    """
-    if "optimizer" in config:
-        key = "an optimizer section"
-    else:
-        offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
-        if offload.get("device", "none") == "none" or not config.get("zero_force_ds_cpu_optimizer", True):
-            return
-        key = "offload_optimizer, for which accelerate replaces the optimizer (see zero_force_ds_cpu_optimizer)"
-    raise ValueError(
-        f"lambda_p has no way into DeepSpeed's own optimizer: its configuration has {key}. Remove that, or train with "
-        'FSDP2 or optim="padam"'
-    )
-
-
 def attach_decay(optimizer: Optimizer, model: nn.Module, args: Any, targets: dict[str, Any]) -> None:
     """Add the p-norm decay that the arguments ask for, unless the optimizer has one.
 

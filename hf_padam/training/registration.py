@@ -54,8 +54,10 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
     optimizer_class = OPTIMIZERS[OptimizerNames(args.optim).value]
     if optimizer_class is PAdam8bit:
         check_installed()
-        full = os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT") == "FULL_STATE_DICT"
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and full:
+        plugin = getattr(args, "fsdp_plugin_args", None) or {}
+        kind = plugin.get("state_dict_type") or os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+        sharded = plugin or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        if sharded and "FULL_STATE_DICT" in str(kind).upper():
             raise ValueError(
                 'optim="padam_8bit" cannot save its packed moments with fsdp_state_dict_type: FULL_STATE_DICT, which '
                 'gathers them. Use SHARDED_STATE_DICT (and resume with as many processes), or optim="padam"'

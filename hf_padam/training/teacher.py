@@ -67,34 +67,6 @@ class Teacher:
         """Make a frozen copy of a model as it is now. `options` are the constructor's."""
         return cls(copy.deepcopy(model), tokenizer, name=START, **options)
 
-    @classmethod
-    def load(cls, name: str, *, causal: bool = True, dtype: str = "auto", **options: Any) -> Teacher:
-        """Load a teacher from the Hub or a directory, compressed or not.
-
-        Args:
-            name: The Hub id or the directory.
-            causal: Whether it is a causal language model, rather than a masked one.
-            dtype: One of `DTYPES`.
-            options: The constructor's.
-
-        Raises:
-            ValueError: If it cannot be loaded.
-        """
-        kind = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-        try:
-            model = kind.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-        except Exception as error:  # the loaders raise whatever their file format's library raises
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"distill_from={name!r} could not be loaded: {reason}. Give a Hub id, a directory of a saved model, "
-                f"{START!r} for the model as it is when training begins, or PAdamTrainer(teacher=...), a model"
-            ) from error
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except Exception:  # a model without one
-            tokenizer = None
-        return cls(model, tokenizer, name=name, **options)
-
     @property
     def fingerprint(self) -> str:
         """A hash of the weights: equal bits on any device, equal hash."""
@@ -134,6 +106,34 @@ class Teacher:
         finally:
             if handle is not None:
                 handle.remove()
+
+
+def load_teacher(name: str, causal: bool, dtype: str) -> tuple[nn.Module, Any]:
+    """Load a teacher's model from the Hub or a directory, compressed or not; and its tokenizer, None without one.
+
+    Processes may take turns, for it waits for no other.
+
+    Args:
+        name: The Hub id or the directory.
+        causal: Whether it is a causal language model, rather than a masked one.
+        dtype: One of `DTYPES`.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    kind = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    try:
+        model = kind.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    except Exception as error:  # the loaders raise whatever their file format's library raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"distill_from={name!r} could not be loaded: {reason}. Give a Hub id, a directory of a saved model, "
+            f"{START!r} for the model as it is when training begins, or PAdamTrainer(teacher=...), a model"
+        ) from error
+    try:
+        return model, AutoTokenizer.from_pretrained(name)
+    except Exception:  # a model without one
+        return model, None
 
 
 class _BodyIsDone(Exception):

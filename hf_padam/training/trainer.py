@@ -23,8 +23,8 @@ from .callbacks import PNormScheduleCallback, ScheduleFromArguments
 from .distilling_trainer import DistillingTrainer
 from .gradients import UnreadNorms, check_gradient_norm, leaves_out_steps
 from .metrics import WeightSparsity, following
-from .options import SCHEDULE, options_of
-from .other_optimizers import asks_for_decay, attach_decay, check_deepspeed
+from .options import SCHEDULE, check_deepspeed, options_of
+from .other_optimizers import asks_for_decay, attach_decay
 from .param_groups import remember_choice
 from .perplexity import PerplexityMeter, own_loss
 from .registration import OPTIMIZERS
@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 _ADDED_DECAY = "added_decay"
 """Among the settings that a checkpoint keeps: whether a p-norm decay was added to an optimizer other than PAdam."""
+
+_FUSED = "fused_linear_cross_entropy"
+"""The key of Liger's configuration for a loss that is made without logits; the default."""
 
 _DECAYED = "decayed_weights"
 """Another of them: which weights the p-norm decay acts on, if there is one."""
@@ -58,6 +61,8 @@ class PAdamTrainer(DistillingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if (self.args.metric_for_best_model or "").endswith("perplexity"):
+            self.args.greater_is_better = False  # Transformers takes the largest for the best
         self._meter: PerplexityMeter | None = None  # during an evaluation
         self._said: set[str] = set()
         self._unread_norms = UnreadNorms()
@@ -70,17 +75,24 @@ class PAdamTrainer(DistillingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer; add a p-norm decay if the arguments ask for one and it is not PAdam."""
         if asks_for_decay(self.args) and self.is_deepspeed_enabled:
-            check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            check_deepspeed(config, OptimizerNames(self.args.optim).value)
         if self._optimizer_given and self.is_world_process_zero():
             warn_of_unused_options(self.args)
         optimizer = super().create_optimizer(model)
         model = self.model if model is None else model
         assert model is not None
-        if not self._optimizer_given:
-            remember_choice(model, **decay_targets(self.args))
+        targets = decay_targets(self.args)
+        if not self._optimizer_given and (self._decays or any(targets.values())):  # else the model's record stays
+            remember_choice(model, **targets)
         if asks_for_decay(self.args):
-            attach_decay(optimizer, model, self.args, decay_targets(self.args))
+            attach_decay(optimizer, model, self.args, targets)
         return optimizer
+
+    @property
+    def _decays(self) -> bool:
+        """Whether the arguments ask for a p-norm decay."""
+        return asks_for_decay(self.args) or OptimizerNames(self.args.optim).value in OPTIMIZERS
 
     def hyperparameter_search(
         self,
@@ -98,7 +110,7 @@ class PAdamTrainer(DistillingTrainer):
     def _settings(self) -> dict[str, Any]:
         settings = super()._settings() | {_ADDED_DECAY: asks_for_decay(self.args)}
         settings |= {name: getattr(options_of(self.args), name) for name in SCHEDULE}
-        if asks_for_decay(self.args) or OptimizerNames(self.args.optim).value in OPTIMIZERS:
+        if self._decays:
             assert self.model is not None
             chosen = set(self.decayed_names())
             names = [name for name, _ in self.model.named_parameters() if name in chosen]  # whatever the groups' order
@@ -133,7 +145,13 @@ class PAdamTrainer(DistillingTrainer):
 
         What is not known is left out: the first where no weight decays, the second where weights are packed.
         """
-        summary = WeightSparsity().compute(model=self.model, decayed=self.decayed_names())
+        try:
+            decayed = self.decayed_names()
+        except ValueError:  # the targets match no module: these were adapters, which are merged by now
+            if self.optimizer is None:
+                raise
+            decayed = []
+        summary = WeightSparsity().compute(model=self.model, decayed=decayed)
         shares = {key: summary[key] for key in ("sparsity", "sparsity_total")}
         return {key: share for key, share in shares.items() if share is not None}
 
@@ -193,12 +211,13 @@ class PAdamTrainer(DistillingTrainer):
             assert loss is not None  # there are labels
             meter.add_mean(loss, labels)
             return loss, logits, targets
-        without_logits = prediction_loss_only and bool(self.args.use_liger_kernel or meter.reason)
+        fused = self.args.use_liger_kernel and (self.args.liger_kernel_config or {}).get(_FUSED, True)
+        without_logits = prediction_loss_only and bool(fused or meter.reason)
         loss, logits, targets = super().prediction_step(model, inputs, without_logits, ignore_keys)
         if without_logits and not meter.reason:
             meter.reason = (
                 "Liger's fused loss does without the logits. For a perplexity, give "
-                "liger_kernel_config={'fused_linear_cross_entropy': False}"
+                f"liger_kernel_config={{'{_FUSED}': False}}"
             )
         meter.add(
             loss,

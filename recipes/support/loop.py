@@ -123,7 +123,7 @@ class Progress:
         self._settings = asdict(args) | {"processes": accelerator.num_processes, "training_rows": rows}
         self._settings["teacher"] = distillation and distillation.teacher.fingerprint
         self.step = self.epoch = self.batches = 0  # batches of this epoch
-        self.seconds = 0.0
+        self.tokens, self.seconds = 0, 0.0  # trained on, by all processes
         self.history: list[dict[str, float]] = []
         self.losses: list[torch.Tensor] = []  # since the last row of history
         self.test_before: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_padam.files import staged_directory
@@ -18,7 +20,7 @@ from hf_padam.training.teacher import START, check_vocabularies
 
 from . import wheels
 from .arguments import ModelArguments
-from .errors import UsageError
+from .errors import RunFailed, UsageError
 
 
 def load_teacher(
@@ -147,6 +149,33 @@ def save_model(output_dir: Path, save: Callable[[str], object], is_main_process:
     with staged_directory(output_dir, last="config.json") as staging:
         save(str(staging))
         (output_dir / "results.json").unlink(missing_ok=True)  # an earlier run's, of another model
+
+
+def save_trained(trainer: Trainer, output_dir: Path) -> None:
+    """Save a trainer's model, as `save_model` does; `upload` pushes it to the Hub, once the report is there, too."""
+    save_model(output_dir, functools.partial(trainer.save_model, _internal_call=True), trainer.args.should_save)
+
+
+def upload(trainer: Trainer, output_dir: Path) -> None:
+    """Upload what a run has left, but for checkpoints, if its arguments say `push_to_hub`.
+
+    Raises:
+        RunFailed: If that fails. What is in `output_dir` is not touched.
+    """
+    args = trainer.args
+    if not args.push_to_hub or not trainer.is_world_process_zero():
+        return
+    trainer.create_model_card(model_name=(args.hub_model_id or output_dir.name).split("/")[-1])
+    try:
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=output_dir,
+            revision=args.hub_revision,
+            ignore_patterns=["checkpoint-*", ".*"],
+            commit_message="End of training",
+        )
+    except (OSError, ValueError) as error:
+        raise RunFailed(f"{output_dir} is complete, but could not be uploaded: {error}") from error
 
 
 def _load_gguf(directory: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 
 class StepTimer(TrainerCallback):
     """Add up the time of training steps, evaluations and logging left out."""
 
-    seconds, steps = 0.0, 0
+    seconds, epochs, sequences = 0.0, 0.0, 0
 
-    def tokens_per_second(self, args: TrainingArguments, block_size: int) -> float:
-        """Return the tokens that all processes trained on, over the time; 0 if there was no step."""
-        tokens = self.steps * args.train_batch_size * args.gradient_accumulation_steps * block_size
-        return tokens * args.world_size / self.seconds if self.seconds else 0.0
+    def tokens_per_second(self, trainer: Trainer, block_size: int) -> float:
+        """Return the tokens that all processes trained on, over the time; 0 if there was no step.
 
-    def on_step_begin(self, *args, **kwargs) -> None:
+        Where it is known how many sequences an epoch has, incomplete batches count as what they are.
+        """
+        data: Any = trainer.train_dataset
+        sequences = self.epochs * len(data) if hasattr(data, "__len__") else self.sequences
+        return sequences * block_size / self.seconds if self.seconds else 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *unused: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self._start = time.perf_counter()
+        self._start, self._epoch = time.perf_counter(), state.epoch or 0.0
 
-    def on_step_end(self, *args, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *unused: Any, **kwargs: Any) -> None:
         """Stop it, once the device is done."""
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         self.seconds += time.perf_counter() - self._start
-        self.steps += 1
+        self.epochs += (state.epoch or 0.0) - self._epoch
+        self.sequences += (state.train_batch_size or 0) * args.gradient_accumulation_steps * args.world_size

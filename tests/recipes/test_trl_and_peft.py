@@ -13,7 +13,7 @@ import torch
 from conftest import REPOSITORY, character_tokenizer, tiny_llama
 from support.report import RESULT_KEYS
 from test_bad_inputs import complain as complain  # a fixture
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from hf_padam import decayed_parameters
 
@@ -196,6 +196,34 @@ def test_adapters_keep_the_zeros_of_their_base_or_say_how_many_are_lost(run, spa
     else:
         assert lost == filled and results["sparsity"] < 0.01 and results["test_perplexity"] == merged
         assert f"are lost: perplexity {merged:.4f}" in printed
+
+
+def test_adapters_may_decay_and_the_base_keeps_its_record(run, sparse_dir, text_file, tmp_path, monkeypatch):
+    """And what a run has left is uploaded once, when all of it is there."""
+    uploads = []
+
+    class Hub:
+        def __init__(self, token=None):
+            pass
+
+        def upload_folder(self, folder_path, ignore_patterns, **options):
+            uploads.append((sorted(path.name for path in folder_path.iterdir()), ignore_patterns, options["repo_id"]))
+
+    monkeypatch.setattr("support.models.HfApi", Hub)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *args, **kwargs: setattr(self, "hub_model_id", "me/out"))
+    base = AutoModelForCausalLM.from_pretrained(sparse_dir)
+    base.config.padam_decays = {"dense_modules": ["q_proj"]}
+    base.save_pretrained(tmp_path / "base")
+    character_tokenizer().save_pretrained(tmp_path / "base")
+    options = {"optim": "padam", "optim_target_modules": '["lora_A"]', "lambda_p": 0.3, "block_size": 32, "lora_r": 4}
+    options["push_to_hub"] = True
+    results, model, _ = run(LORA, model_name_or_path=tmp_path / "base", train_file=text_file, **options)
+    assert model.config.padam_decays == {"dense_modules": ["q_proj"]}
+    expected = decayed_parameters(base, dense_modules=["q_proj"])
+    assert results["decayed_parameters"] == sum(param.numel() for param in expected.values())
+    [(names, ignored, repository)] = uploads
+    assert {"model.safetensors", "results.json", "report.md", "training.png", "README.md"} <= set(names)
+    assert ignored == ["checkpoint-*", ".*"] and repository == "me/out"
 
 
 @pytest.mark.parametrize(

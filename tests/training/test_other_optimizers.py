@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import blocks, options, tiny_llama
 from test_interruptions import At, rows, weights
 from test_trainer import check_outcome
-from transformers import Trainer
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from hf_padam import PAdamTrainer, PAdamTrainingArguments, add_pnorm_decay
+from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments, add_pnorm_decay
 from hf_padam.optim.any_optimizer import has_pnorm_decay
 from hf_padam.resuming.checkpoints import CheckpointError
-from hf_padam.training.other_optimizers import check_deepspeed
+from hf_padam.training.callbacks import CallbackFromGroups
+from hf_padam.training.options import check_deepspeed
 
 DECAY = {"optim_args": None, "p_norm": 0.5, "lambda_p": 0.3}
 
@@ -153,7 +156,19 @@ def test_an_optimizer_of_the_users_own_decays_once(tmp_path):
 )
 def test_an_optimizer_that_deepspeed_makes_is_refused(config, refused):
     if refused is None:
-        check_deepspeed(config)
+        check_deepspeed(config, "sgd")
     else:
-        with pytest.raises(ValueError, match=f"DeepSpeed's own optimizer: its configuration has {refused}"):
-            check_deepspeed(config)
+        with pytest.raises(ValueError, match=f"in place of sgd: its configuration has {refused}"):
+            check_deepspeed(config, "sgd")
+
+
+def test_padam_that_deepspeed_has_replaced_is_missed_in_any_trainer(tmp_path):
+    args = TrainingArguments(str(tmp_path), optim="padam", use_cpu=True)
+    args.deepspeed_plugin = SimpleNamespace(
+        deepspeed_config={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    )
+    own, padam = (kind([torch.nn.Parameter(torch.ones(2))], lr=0.1) for kind in (torch.optim.SGD, PAdam))
+    for inner, refused in ((padam, False), (own, True)):
+        wrapped = SimpleNamespace(optimizer=SimpleNamespace(optimizer=inner))  # as accelerate and ZeRO do
+        with pytest.raises(ValueError, match="in place of padam") if refused else contextlib.nullcontext():
+            CallbackFromGroups().on_train_begin(args, TrainerState(), TrainerControl(), optimizer=wrapped)

@@ -276,6 +276,8 @@ def test_a_fused_loss_is_not_made_to_give_logits(tmp_path, caplog):
     trainer.args.use_liger_kernel = True
     assert "eval_perplexity" not in trainer.evaluate()
     assert model.skipped and all(model.skipped) and "Liger" in caplog.text
+    trainer.args.liger_kernel_config = {"fused_linear_cross_entropy": False}  # as that says
+    assert "eval_perplexity" in trainer.evaluate()
 
 
 def test_first_batches_without_a_predicted_token_are_passed_over(tmp_path):

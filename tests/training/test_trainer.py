@@ -204,6 +204,20 @@ def test_metrics_reach_tensorboard(tmp_path):
 def test_the_smallest_perplexity_is_the_best(tmp_path):
     args = PAdamTrainingArguments(**options(tmp_path, metric_for_best_model="perplexity"))
     assert args.greater_is_better is False
+    plain = TrainingArguments(**options(tmp_path, metric_for_best_model="eval_perplexity"))
+    assert PAdamTrainer(model=tiny_llama(), args=plain).args.greater_is_better is False
+
+
+def test_a_run_without_a_decay_keeps_the_record_of_what_decayed(tmp_path):
+    model = tiny_llama()
+    for optim, more, kept in (
+        ("padam", {"decay_embeddings": True}, {"decay_embeddings": True}),
+        ("adamw_torch", {}, {"decay_embeddings": True}),
+        ("padam", {}, None),
+    ):
+        args = PAdamTrainingArguments(**options(tmp_path, optim=optim, optim_args=None, **more))
+        PAdamTrainer(model=model, args=args, train_dataset=blocks()).create_optimizer()
+        assert getattr(model.config, "padam_decays", None) == kept
 
 
 def test_accumulated_and_whole_batches_train_alike(tmp_path):
