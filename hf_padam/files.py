@@ -46,10 +46,8 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
             path.write_bytes(data)
         return
     with staged(path) as temporary:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(data)
+        flush(temporary)
 
 
 @contextmanager

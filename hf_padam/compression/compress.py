@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,10 @@ def compress(
             report = SparsityReport.of(model, near_zero=None)
             left_out = _copy_others(model.path, staging)
             _compress_weights(model, staging)
-            add_sparsity(staging / CARD, report, model.nbytes, sum(f.stat().st_size for f in _weights(staging)))
             with ModelDirectory(staging) as written:
                 written.check()
                 compressed_bytes = written.nbytes
+            add_sparsity(staging / CARD, report, model.nbytes, compressed_bytes)
         return Compressed(Path(destination), model.nbytes, compressed_bytes, report, left_out)
 
 
@@ -152,7 +152,7 @@ def decompress(
         model.check()
         with _new_directory(model.path, destination, force) as staging:
             _copy_others(model.path, staging)
-            for file in _progress(model.files, "Decompressing"):
+            for file in tqdm(model.files, desc="Decompressing", unit="file", disable=None):
                 _decompress_file(model, file, staging / file.path.name)
             for name in (CONFIG, INDEX):
                 text = model.files[0].metadata.get(_SOURCE + name)
@@ -249,8 +249,8 @@ def _compress_weights(model: ModelDirectory, directory: Path) -> None:
         names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
         config["dtype"] = next((names[dtype] for dtype in dtypes if dtype in names), "float32")
     config["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
-    _write_json(directory / CONFIG, config)
-    companions = {CONFIG: checksum((directory / CONFIG).read_bytes()), INDEX: checksum(b"")}
+    (directory / CONFIG).write_bytes(_as_json(config))
+    companions = {CONFIG: checksum(_as_json(config)), INDEX: checksum(b"")}
     writers: list[TensorWriter] = []
     total = 0
     try:
@@ -266,8 +266,9 @@ def _compress_weights(model: ModelDirectory, directory: Path) -> None:
                 writers.append(TensorWriter(directory / file.path.name, bounds, metadata, checksum=True))
                 total += _pack_file(file, writers[-1], bar)
         if model.index:
-            _write_json(directory / INDEX, model.index | {"metadata": {"total_size": total}})
-            companions[INDEX] = checksum((directory / INDEX).read_bytes())
+            index = _as_json(model.index | {"metadata": {"total_size": total}})
+            (directory / INDEX).write_bytes(index)
+            companions[INDEX] = checksum(index)
         for writer in writers:
             writer.finish(**companions)
     finally:
@@ -339,14 +340,6 @@ def _as_bytes(info: TensorInfo, size: int) -> TensorInfo:
     return TensorInfo(info.name, "U8", (size,), size)
 
 
-def _weights(directory: Path) -> Iterable[Path]:
-    return directory.glob("*.safetensors")
-
-
-def _progress(files: list[TensorFile], description: str) -> Iterable[TensorFile]:
-    return tqdm(files, desc=description, unit="file", disable=None)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write into a directory that is not in its place yet, in the layout of Transformers."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _as_json(content: dict[str, Any]) -> bytes:
+    """Return a file's contents in the layout of Transformers."""
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -72,17 +72,9 @@ class Unpack(ConversionOps):
         self.on_unpacked = on_unpacked
         self.dtype: torch.dtype | None = None  # that asked for; see `CompressedQuantizer.get_new_dtype`
 
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        full_layer_name: str = "",
-        model: PreTrainedModel | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """See `ConversionOps.convert`: unpack every tensor, in the dtype asked for, on the device it was on."""
-        target = _target(model, full_layer_name)
+        target = _target(kwargs.get("model"), kwargs.get("full_layer_name", ""))
         dtype = target.dtype if self.dtype is None and target is not None else self.dtype  # Transformers before 5.23
 
         def unpacked(packed: Tensor) -> Tensor:
@@ -107,21 +99,12 @@ def _target(model: PreTrainedModel | None, name: str) -> Tensor | None:
 
 
 class _UnpackOnly(Unpack):
-    """Unpack a tensor that nothing else converts."""
+    """Unpack what nothing else converts: its pattern matches every name, so it names what it returns itself."""
 
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        full_layer_name: str = "",
-        model: PreTrainedModel | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """See `Unpack.convert`; its pattern matches every name, so it names what it returns itself."""
-        unpacked = super().convert(input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs)
-        [tensors] = unpacked.values()
-        return {full_layer_name: tensors}
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See `Unpack.convert`."""
+        [tensors] = super().convert(input_dict, *args, **kwargs).values()
+        return {kwargs["full_layer_name"]: tensors}
 
 
 def _renamed(name: str, renamings: list[WeightRenaming]) -> str:

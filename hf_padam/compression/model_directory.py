@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
+from xxhash import xxh3_64_hexdigest as checksum
 
 from .packing import (
     FORMAT_VERSION,
@@ -42,11 +42,6 @@ _DTYPES = {
     "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "C64": torch.complex64,
     "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64,
 }  # fmt: skip
-
-
-def checksum(data: bytes) -> str:
-    """Return the checksum by which a compressed file knows its config.json and its index."""
-    return xxhash.xxh3_64_hexdigest(data)
 
 
 def check_version(version: Any, where: str) -> None:
@@ -202,16 +197,13 @@ class ModelDirectory:
     def check_companions(self, file: TensorFile) -> None:
         """Do that part of `check` for config.json and the index, of which each weight file has the checksums."""
         for name, data in (CONFIG, self.config_bytes), (INDEX, self.index_bytes):
-            if data is not None or name == INDEX:  # weights may be loaded with a config from elsewhere
-                self._check_companion(name, data or b"", file.metadata)
-
-    def _check_companion(self, name: str, data: bytes, metadata: dict[str, str]) -> None:
-        if metadata.get(name) != checksum(data):
-            raise CompressionError(
-                f"{self.path / name} is not the file that was written with the compressed weights: it is damaged, or "
-                "was edited. Restore it. To change a setting, change it in the program that loads the model (pass "
-                "config=... to from_pretrained), or change the original and compress it again"
-            )
+            # Weights may be loaded with a config from elsewhere.
+            if (data is not None or name == INDEX) and file.metadata.get(name) != checksum(data or b""):
+                raise CompressionError(
+                    f"{self.path / name} is not the file that was written with the compressed weights: it is damaged, "
+                    "or was edited. Restore it. To change a setting, change it in the program that loads the model "
+                    "(pass config=... to from_pretrained), or change the original and compress it again"
+                )
 
     def check_tensor(self, stored: StoredTensor, *, unpacking: bool = False) -> None:
         """Do that part of `check` for a tensor.

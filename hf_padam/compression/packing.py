@@ -89,7 +89,10 @@ class TensorInfo:
         ):
             raise ValueError(f"the sizes that it says {name[:100]!r} has cannot be")
         info, size = cls(name, dtype, tuple(shape), nbytes), _SIZES.get(dtype)
-        fits = _could_fit(info) if size is None else info.elements * size == nbytes
+        if size is None:  # of an element, which takes a bit at least
+            fits = info.elements <= 8 * nbytes and (info.elements > 0 or nbytes == 0)
+        else:
+            fits = info.elements * size == nbytes
         if not fits or math.prod(n or 1 for n in shape) >= _TOO_LARGE:  # which torch refuses, even if one is 0
             raise ValueError(f"{name[:100]!r} does not have the bytes of so many elements")
         return info
@@ -107,11 +110,6 @@ class TensorInfo:
     def max_packed_bytes(self) -> int:
         """An upper bound of what the packed tensor takes, for headers that are written last."""
         return 2 * self.nbytes + 4096 * (1 + len(self.chunks)) + 8 * len(self.name)
-
-
-def _could_fit(info: TensorInfo) -> bool:
-    """Whether so many elements of an unknown dtype, of a bit at least, can have so many bytes."""
-    return info.elements <= 8 * info.nbytes and (info.elements > 0 or info.nbytes == 0)
 
 
 def pack_head(info: TensorInfo) -> bytes:

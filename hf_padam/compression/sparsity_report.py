@@ -153,10 +153,7 @@ class SparsityReport:
     def __str__(self) -> str:
         table = self.table()
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
-            for cells in (list(zip(row, widths, strict=True)) for row in table)
-        ]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
         rule = "-" * len(lines[0])
         totals = -2 if self.decayed_known else -1
         return "\n".join([lines[0], rule, *lines[1:totals], rule, *lines[totals:], f"({self.decayed_by})"])

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import xxhash
@@ -113,14 +112,6 @@ class TensorFile:
         """Close it; reading fails from now on."""
         os.close(self._handle)
 
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 class TensorWriter:
     """Write a safetensors file whose tensors' sizes are known only once they are written.
@@ -168,7 +159,7 @@ class TensorWriter:
         return size
 
     def finish(self, **changes: str) -> None:
-        """Write the header, and flush everything to the disk.
+        """Write the header, and close the file.
 
         Args:
             changes: Metadata that was not known at first.
@@ -182,8 +173,6 @@ class TensorWriter:
             raise RuntimeError(f"the header of {self._file.name} has outgrown the space that was left for it")
         self._file.seek(0)
         self._file.write(self._length.to_bytes(8, "little") + header)
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self.close()
 
     def close(self) -> None:

@@ -130,7 +130,7 @@ def _check_others(model: ModelDirectory, names: list[str], found: Verification) 
         if _WEIGHTS.fullmatch(name) or name == INDEX:
             found.problems.append(f"{path} is no part of the model: delete it, or get the other files again")
         elif name.endswith(".safetensors"):
-            if _holds(found, _open, path):
+            if _holds(found, lambda file: TensorFile(file).close(), path):
                 found.checked.append(f"{name}: its header, and the sizes and places of its tensors")
         elif name.endswith(".json"):
             if _holds(found, _parse, path):
@@ -149,10 +149,6 @@ def _holds(found: Verification, check: Callable[..., None], *arguments: Any, **o
             found.problems.append(str(error))
         return False
     return True
-
-
-def _open(path: Path) -> None:
-    TensorFile(path).close()
 
 
 def _parse(path: Path) -> None:

@@ -60,7 +60,9 @@ def make_padam(model: nn.Module, config: dict[str, Any]) -> PAdam:
         steps = None if total_steps is None else int(total_steps)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optim_config: {error}. {', '.join(numbers)} and total_steps must be numbers") from error
-    text = ",".join(f"{key}={_as_text(value)}" for key, value in options.items())
+    text = ",".join(  # lists and mappings of YAML as `optim_args` has them
+        f"{key}={json.dumps(value) if isinstance(value, list | dict) else value}" for key, value in options.items()
+    )
     arguments: Any = SimpleNamespace(
         optim=config.get("name", NAME), optim_args=text, optim_target_modules=None, deepspeed=None, **numbers
     )
@@ -74,11 +76,6 @@ def make_padam(model: nn.Module, config: dict[str, Any]) -> PAdam:
     if steps is not None:
         TargetSparsity(optimizer, total_steps=steps, start=checked["target_start"], end=checked["target_end"])
     return optimizer
-
-
-def _as_text(value: Any) -> Any:
-    """Write a list or a mapping of YAML as `optim_args` has it."""
-    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 for name in OPTIMIZERS:

@@ -221,14 +221,12 @@ def decay_scalars(values: Mapping[str, Any], step: int = 1) -> Scalars:
     Raises:
         ValueError: As `check_hyperparameters` does.
     """
-    importance = values.get("importance", "magnitude")
-    check_hyperparameters(
-        {name: values[name] for name in ("lr", "p_norm", "lambda_p")} | _NOT_OURS | {"importance": importance}
-    )
-    options = {name: float(values[name]) for name in ("lr", "p_norm", "lambda_p")} | _NOT_OURS
-    if importance == "fisher":
+    options: dict[str, Any] = {name: values[name] for name in ("lr", "p_norm", "lambda_p")} | _NOT_OURS
+    options["importance"] = values.get("importance", "magnitude")
+    check_hyperparameters(options)
+    if options["importance"] == "fisher":
         beta2 = values["betas"][1] if "betas" in values else 0.0
-        options |= {"importance": importance, "betas": (0.0, beta2), SCALE: values.get(SCALE, 1.0)}
+        options |= {"betas": (0.0, beta2), SCALE: values.get(SCALE, 1.0)}
     return prepare(step, **options)
 
 

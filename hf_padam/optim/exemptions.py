@@ -43,13 +43,6 @@ CHOSEN = "_chosen_to_decay"
 """Of an optimizer: the indices of the groups in which nothing decays that was not chosen for it."""
 
 
-def says_lambda_p(params: Iterable[Any]) -> set[int]:
-    """Return the indices of the groups, among what an optimizer is given, that give a `lambda_p` of their own."""
-    if isinstance(params, Tensor):
-        return set()
-    return {i for i, group in enumerate(params) if isinstance(group, dict) and "lambda_p" in group}
-
-
 def warn_of_vectors(groups: Iterable[dict[str, Any]]) -> None:
     """Warn if biases, norms and the like, which have one dimension, decay along with matrices."""
     decaying = [

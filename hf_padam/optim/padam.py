@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ..sparsity import local_tensor
 from . import backends
-from .exemptions import CHOSEN, exempt, says_lambda_p, warn_of_vectors, with_exemptions
+from .exemptions import CHOSEN, exempt, warn_of_vectors, with_exemptions
 from .hyperparameters import (
     DEFAULT_LAMBDA_P,
     DEFAULT_P_NORM,
@@ -126,8 +126,8 @@ class PAdam(Optimizer):
         check_hyperparameters(defaults)
         defaults = {name: plain(value) for name, value in defaults.items()}
         groups = with_exemptions(params, weight_decay)
-        said = says_lambda_p(groups)  # before torch adds the defaults
         super().__init__(groups, defaults)
+        said = {i for i, group in enumerate(groups) if isinstance(group, dict) and "lambda_p" in group}
         for group in self.param_groups:
             kept: dict[str, Any] = STATE if group.get("target_sparsity") is not None and group["lambda_p"] > 0 else {}
             kept = kept | (SCALE_STATE if group["importance"] == "fisher" else {})

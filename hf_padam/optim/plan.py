@@ -88,8 +88,20 @@ class Plan:
         moments = [_local(values) for values in self._kept(states)[1:]]
         tensors = Tensors(_local(own_params), own_grads, *moments)
         _check_places(tensors)
-        owned = [(owners[place], place, groups[owners[place]]) for place in active]
-        self.buckets = self._sorted(owned, own_params, states, tensors)
+        buckets: dict[tuple, Bucket] = {}
+        for i, (place, own) in enumerate(zip(active, states, strict=True)):
+            number, group = owners[place], groups[owners[place]]
+            values: list[Any] = [t[i] for t in tensors if t]
+            taken, device = int(own["step"]), values[0].device
+            dtypes = tuple(t if t is None else t.dtype for t in values)
+            rounds = group["bf16_stochastic_round"] and torch.bfloat16 in (dtypes[0], dtypes[3])
+            new = Bucket(number, device, rounds, taken, "s" in own)
+            bucket = buckets.setdefault((number, taken, device, dtypes), new)
+            bucket.places.append(i)
+            bucket.keys.append(random_key(group["rounding_seed"], place, *shard_coordinate(params[place])))
+        for bucket in buckets.values():
+            bucket.whole = bucket.places == list(range(len(active)))
+        self.buckets = list(buckets.values())
         self.elements: defaultdict[torch.device, int] = defaultdict(int)  # on each device
         for param in own_params:
             self.elements[param.device] += param.numel()
@@ -108,28 +120,6 @@ class Plan:
         self._lost = False
         identified = [*params, *(t for values in kept[1:] for t in values if t is not None)]
         self._references = [weakref.ref(t, self._lose) for t in identified]
-
-    def _sorted(
-        self,
-        owned: list[tuple[int, int, dict[str, Any]]],
-        params: list[Tensor],
-        states: list[dict[str, Any]],
-        tensors: Tensors,
-    ) -> list[Bucket]:
-        """Return the buckets of parameters, of which are known the group's number, the place and the group."""
-        buckets: dict[tuple, Bucket] = {}
-        for i, ((number, place, group), param, state) in enumerate(zip(owned, params, states, strict=True)):
-            values: list[Any] = [t[i] for t in tensors if t]
-            taken, device = int(state["step"]), values[0].device
-            dtypes = tuple(t if t is None else t.dtype for t in values)
-            rounds = group["bf16_stochastic_round"] and torch.bfloat16 in (dtypes[0], dtypes[3])
-            new = Bucket(number, device, rounds, taken, "s" in state)
-            bucket = buckets.setdefault((number, taken, device, dtypes), new)
-            bucket.places.append(i)
-            bucket.keys.append(random_key(group["rounding_seed"], place, *shard_coordinate(param)))
-        for bucket in buckets.values():
-            bucket.whole = bucket.places == list(range(len(params)))
-        return list(buckets.values())
 
     def _lose(self, _: Any) -> None:
         """Note that one of the tensors is gone: another may have got its identity, and its address."""

@@ -30,18 +30,13 @@ def check_schedule(start: float, share: float, shape: str) -> None:
     """
     if shape not in SHAPES:
         raise ValueError(f"p_norm_schedule={shape!r} is not allowed: it is one of {', '.join(SHAPES)}")
-    for name, value, low, high, what in (
-        ("p_norm_start", start, -math.inf, math.inf, "a finite number; 2 is AdamW's decay"),
-        (
-            "p_norm_schedule_share",
-            share,
-            0.0,
-            math.nextafter(1, 2),
-            "above 0, at most 1: a share of the training steps",
-        ),
-    ):
-        if not is_number(value) or not low < value < high:
-            raise ValueError(f"{name}={value!r} is not allowed: it must be {what}")
+    if not is_number(start) or not -math.inf < start < math.inf:
+        raise ValueError(f"p_norm_start={start!r} is not allowed: it must be a finite number; 2 is AdamW's decay")
+    if not is_number(share) or not 0 < share <= 1:
+        raise ValueError(
+            f"p_norm_schedule_share={share!r} is not allowed: it must be above 0, at most 1: a share of the training "
+            "steps"
+        )
 
 
 def p_norm_at(
@@ -122,10 +117,6 @@ class PNormScheduler:
     Raises:
         ValueError: If a setting is out of range; see also `set_p_norm`.
     """
-
-    optimizer: Any
-    last_step: int
-    _settings: tuple[Any, ...]
 
     def __init__(
         self,

@@ -45,16 +45,6 @@ def check_steerable(group: Mapping[str, Any]) -> None:
         raise ValueError(f"p_norm={group['p_norm']} makes no zeros, so no target_sparsity can be reached: take p < 2")
 
 
-def check_plan(target: float, start: float, end: float) -> None:
-    """Check the numbers of a plan.
-
-    Raises:
-        ValueError: Naming the one that is out of range.
-    """
-    check_target(target)
-    check_ramp(start, end)
-
-
 def check_target(target: float) -> None:
     """Check what is asked for.
 

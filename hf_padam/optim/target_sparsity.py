@@ -37,7 +37,7 @@ from .importance import REFERENCE, SCALE, Measured, fisher_scale, measure
 from .padam import PAdam, unwrap
 from .patterns import PATTERN, check_blocks, missing_in_blocks, zero_in_blocks_
 from .quantiles import histogram, quantile, zero_below_, zero_smallest_
-from .target_options import DEFAULT_END, DEFAULT_START, STATE, check_plan, check_ramp, check_steerable
+from .target_options import DEFAULT_END, DEFAULT_START, STATE, check_ramp, check_steerable, check_target
 from .update import YOUNG_STEPS
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class TargetSparsity:
                 + (" and a target_sparsity" if target is None else "")
             )
         for group in steered:
-            check_plan(self._target(group), start, end)
+            check_target(self._target(group))
             if target is None:
                 group["target_sparsity"] = float(group["target_sparsity"])
             check_steerable(group)

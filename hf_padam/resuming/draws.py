@@ -147,7 +147,10 @@ class _Prepare:
             self.tell_epoch()
         with self.place.prepares(seed):
             self.reseed(seed)
-            return self.collate(batch if self.stream else _fetch(self.dataset, batch))
+            if not self.stream:  # fetch the samples, as torch's loader does
+                together = getattr(self.dataset, "__getitems__", None)
+                batch = together(list(batch)) if together else [self.dataset[index] for index in batch]
+            return self.collate(batch)
 
     def tell_epoch(self) -> None:
         """Tell the dataset the epoch, if it wants to know it: persistent workers would hear of the first alone."""
@@ -172,30 +175,37 @@ class _Prepare:
         return list(owned((self.collate, self.dataset)))
 
 
-class _Indices(Dataset):
-    """A dataset that leaves it to `_Prepare` to fetch the samples of a batch."""
+class _Wrapper:
+    """Has the length, and all else that it lacks itself, of what it wraps."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return len(self.inner)  # a TypeError, as without this method, if it has no length
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "inner":  # while it is being unpickled
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+class _Indices(_Wrapper, Dataset):
+    """A dataset that leaves it to `_Prepare` to fetch the samples of a batch."""
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[int]:
         return indices
 
     def __getitem__(self, index: int) -> Any:
-        return self.dataset[index]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        return _delegate(self, "dataset", name)
+        return self.inner[index]
 
 
-class _Stream(IterableDataset):
+class _Stream(_Wrapper, IterableDataset):
     """A stream whose own draws are apart, and the same in every process, which may take turns at it."""
 
     def __init__(self, dataset: Any, prepare: _Prepare) -> None:
-        self.dataset, self.prepare = dataset, prepare
+        super().__init__(dataset)
+        self.prepare = prepare
 
     def __iter__(self) -> Iterator[Any]:
         self.prepare.number = 0
@@ -204,20 +214,15 @@ class _Stream(IterableDataset):
         seed = place.key("stream", worker and worker.id)
         if place.epoch:  # as for the order
             self.prepare.reseed(seed)
-        return place.iterate(self.dataset, seed)
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # a TypeError, as without this method, if it has no length
-
-    def __getattr__(self, name: str) -> Any:
-        return _delegate(self, "dataset", name)
+        return place.iterate(self.inner, seed)
 
 
-class _Numbers:
+class _Numbers(_Wrapper):
     """A batch sampler whose own draws are apart, and whose batches know their number in the epoch."""
 
     def __init__(self, sampler: Any, place: Place) -> None:
-        self.inner, self.place = sampler, place
+        super().__init__(sampler)
+        self.place = place
         self.initial = [first_state(generator) for generator in owned(sampler)]
 
     def __iter__(self) -> Iterator[_Batch]:
@@ -234,29 +239,11 @@ class _Numbers:
             batch.number = number
             yield batch
 
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getattr__(self, name: str) -> Any:
-        return _delegate(self, "inner", name)
-
 
 class _Batch(list[int]):
     """The indices of a batch."""
 
     number: int
-
-
-def _delegate(wrapper: Any, inner: str, name: str) -> Any:
-    if name.startswith("__") or inner not in vars(wrapper):  # while it is being unpickled
-        raise AttributeError(name)
-    return getattr(vars(wrapper)[inner], name)
-
-
-def _fetch(dataset: Any, indices: Sequence[int]) -> Any:
-    """Fetch samples as torch's loader does."""
-    together = getattr(dataset, "__getitems__", None)
-    return together(list(indices)) if together else [dataset[index] for index in indices]
 
 
 def _get_state() -> tuple[Any, ...]:

@@ -65,12 +65,7 @@ def check_optimizer(checkpoint: str | Path, saved: str, given: str) -> None:
 
 
 def check_decayed(checkpoint: str | Path, saved: str, given: str) -> None:
-    """Check that the p-norm decay acts on the weights that it acted on in the run that saved a checkpoint.
-
-    Args:
-        checkpoint: Named in the error.
-        saved: Which weights these were, in words.
-        given: Which they are now.
+    """Check that the p-norm decay acts on the weights, in words, that it acted on in the run that saved a checkpoint.
 
     Raises:
         CheckpointError: If it does not: the optimizer's states would go to other weights.

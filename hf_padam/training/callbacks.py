@@ -11,7 +11,7 @@ from transformers.training_args import OptimizerNames
 from ..optim import PAdam, TargetSparsity, steering_of, unwrap
 from ..optim.schedules import DEFAULT_SHARE, check_schedule, set_p_norm
 from ..optim.schedules import DEFAULT_START as DEFAULT_SCHEDULE_START
-from ..optim.target_options import DEFAULT_END, DEFAULT_START, check_plan
+from ..optim.target_options import DEFAULT_END, DEFAULT_START, check_ramp, check_target
 from .decay_report import warn_of_strangers
 from .lost_updates import warn_of_lost_updates
 from .options import check_deepspeed, options_of
@@ -36,7 +36,8 @@ class TargetSparsityCallback(TrainerCallback):
     def __init__(
         self, target: float, start: float = DEFAULT_START, end: float = DEFAULT_END, per_group: bool = False
     ) -> None:
-        check_plan(target, start, end)
+        check_target(target)
+        check_ramp(start, end)
         self._plan: dict[str, Any] = {"target": target, "start": start, "end": end, "per_group": per_group}
         self._steering: TargetSparsity | None = None
 
@@ -150,15 +151,13 @@ class PNormScheduleCallback(TrainerCallback):
         self._settings = (start, share, shape)
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set p for the step."""
-        set_p_norm(optimizer.param_groups, state.global_step, state.max_steps, *self._settings)
+        set_p_norm(kwargs["optimizer"].param_groups, state.global_step, state.max_steps, *self._schedule(args))
+
+    def _schedule(self, args: TrainingArguments) -> tuple[float, float, str]:
+        return self._settings
 
 
 class ScheduleFromArguments(PNormScheduleCallback):
@@ -174,21 +173,8 @@ class ScheduleFromArguments(PNormScheduleCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the settings of this training."""
-        check_schedule(*_schedule(args))
+        check_schedule(*self._schedule(args))
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Set p for the step."""
-        self._settings = _schedule(args)
-        super().on_step_begin(args, state, control, optimizer, **kwargs)
-
-
-def _schedule(args: TrainingArguments) -> tuple[float, float, str]:
-    options = options_of(args)
-    return options.p_norm_start, options.p_norm_schedule_share, options.p_norm_schedule
+    def _schedule(self, args: TrainingArguments) -> tuple[float, float, str]:
+        options = options_of(args)
+        return options.p_norm_start, options.p_norm_schedule_share, options.p_norm_schedule

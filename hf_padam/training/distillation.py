@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -116,21 +117,19 @@ class Distillation:
         """
         model: Any = unwrap_peft_model(student)
         self._shift = shifts_labels(model)
-        own = model.__dict__.get("_loss_function")
         self._teacher_logits = self.teacher.logits_of(inputs)
         given = inputs.get("labels")
         self._shape = None if given is None else given.shape
-        model.loss_function = self._loss
         try:
-            yield
+            with mock.patch.object(model, "_loss_function", self._loss, create=True):
+                yield
             if self._teacher_logits is not None:
-                raise ValueError(_own_loss(model))
+                raise ValueError(
+                    f"distillation: {type(model).__name__} does not make its loss by its loss_function, whose place "
+                    "the distilled loss takes, or the batch has no labels. Leave distill_from out"
+                )
         finally:
             self._teacher_logits = None
-            if own is None:
-                del model._loss_function
-            else:
-                model._loss_function = own
 
     @torch.compiler.disable
     def _loss(
@@ -182,13 +181,6 @@ def shifts_labels(model: nn.Module) -> bool:
             f"{type(plain).__name__}. Leave distill_from out"
         )
     return loss is ForCausalLMLoss
-
-
-def _own_loss(model: nn.Module) -> str:
-    return (
-        f"distillation: {type(model).__name__} does not make its loss by its loss_function, whose place the distilled "
-        "loss takes, or the batch has no labels. Leave distill_from out"
-    )
 
 
 class _DistilledSum(torch.autograd.Function):

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from ..sparsity import local_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,7 @@ def warn_of_lost_updates(groups: Iterable[dict[str, Any]]) -> None:
         rate = group.get("initial_lr", group["lr"])
         for param in group["params"] if group.get("bf16_stochastic_round") is False else ():
             if param.dtype == torch.bfloat16 and param.requires_grad:
-                local = param.to_local() if isinstance(param, DTensor) else param
-                sample = local.detach().flatten()[:_SAMPLE].float().abs()
+                sample = local_tensor(param).detach().flatten()[:_SAMPLE].float().abs()
                 fixed.append((sample * _HALF_SPACING > rate).sum().cpu())
                 rates.add(rate)
                 count += sample.numel()

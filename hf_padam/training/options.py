@@ -15,7 +15,8 @@ from ..optim.hyperparameters import DEFAULT_LAMBDA_P, DEFAULT_P_NORM, is_number,
 from ..optim.patterns import pattern_share
 from ..optim.schedules import DEFAULT_SHARE, SHAPES
 from ..optim.schedules import DEFAULT_START as SCHEDULE_START
-from ..optim.target_options import DEFAULT_END, DEFAULT_START, SCOPES, check_plan, check_steerable
+from ..optim.target_options import DEFAULT_END, DEFAULT_START, SCOPES, check_ramp, check_steerable
+from ..optim.target_options import check_target as check_share
 from ..optim.update import IMPORTANCES
 from .distillation import DEFAULT_TEMPERATURE, DEFAULT_WEIGHT, DTYPES
 
@@ -306,7 +307,8 @@ def check_target(options: Mapping[str, Any]) -> None:
             )
     shares = [pattern_share(pattern)] if pattern else target.values() if isinstance(target, dict) else [target]
     for share in shares:
-        check_plan(share, options["target_start"], options["target_end"])
+        check_share(share)
+        check_ramp(options["target_start"], options["target_end"])
     check_steerable(options)
     if not shares:
         raise ValueError("target_sparsity={} names no module: give shares by modules, or drop it")

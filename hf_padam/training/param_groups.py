@@ -62,23 +62,20 @@ def decayed_parameters(
             "FSDP1 has merged weights and biases into flat parameters, so they cannot decay apart: set "
             "fsdp_use_orig_params: true (use_orig_params=True), or use FSDP2, fsdp_version: 2"
         )
-    targets = _Targets(model, target_modules, "optim_target_modules")
-    dense = _Targets(model, dense_modules, "dense_modules") if dense_modules is not None else None
+    targets = _named(model, target_modules, "optim_target_modules")
+    dense = _named(model, dense_modules, "dense_modules") if dense_modules is not None else set()
     chosen = linear_matrices(model)
     embeddings, adapters = list(embedding_weights(model)), list(adapter_weights(model))
     chosen -= {id(param) for param in (*embeddings, *adapters)}
     if decay_embeddings:
         chosen |= tables(model, embeddings)
-    if targets.names_adapters:
+    if target_modules is not None and target_modules not in _ALL_LINEAR:
         chosen |= tables(model, adapters)
+    chosen &= targets - dense
     decayed = {
         name: param
         for name, param in model.named_parameters()
-        if param.requires_grad
-        and id(param) in chosen
-        and param.is_floating_point()
-        and targets.include(param)
-        and not (dense and dense.include(param))
+        if param.requires_grad and id(param) in chosen and param.is_floating_point()
     }
     if decayed and isinstance(target_sparsity, Mapping):
         entries = _by_entry(model, decayed, target_sparsity)
@@ -212,10 +209,10 @@ def _by_entry(
     model: nn.Module, params: Mapping[str, nn.Parameter], entries: Mapping[str, float]
 ) -> dict[str, list[str]]:
     """Return the names of parameters by the entry of a mapping that they belong to; those of none are left out."""
-    targets = {key: _Targets(model, [key], "target_sparsity") for key in entries if key != "*"}
+    targets = {key: _named(model, [key], "target_sparsity") for key in entries if key != "*"}
     taken: dict[str, list[str]] = {key: [] for key in entries}
     for name, param in params.items():
-        key = next((key for key, target in targets.items() if target.include(param)), "*")
+        key = next((key for key, target in targets.items() if id(param) in target), "*")
         if key in taken:
             taken[key].append(name)
     for key, mine in taken.items():
@@ -268,43 +265,37 @@ def _input_dim(model: nn.Module, name: str) -> int:
     )
 
 
-class _Targets:
-    """Names of modules, as an option gives them, resolved against a model.
+_ALL_LINEAR = ("all-linear", "all_linear")
+
+
+def _named(model: nn.Module, target_modules: str | list[str] | None, option: str) -> set[int]:
+    """Return the identities of the weights of the modules that an option names.
 
     A module, or a weight, that is in several places goes by the names of all of them.
     """
-
-    def __init__(self, model: nn.Module, target_modules: str | list[str] | None, option: str) -> None:
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self.names_adapters = False
-        owners: set[str] = set()
-        if target_modules is None:
-            owners = set(modules)
-        elif isinstance(target_modules, str) and target_modules.replace("_", "-") == "all-linear":
-            linear = linear_matrices(model)
-            owners = {name for name, module in modules.items() if linear & set(map(id, _own(module)))}
-        else:
-            entries = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-            for entry in entries:
-                try:
-                    # A lone string is matched whole, entries of a list may also be part of a name.
-                    matcher = entry if isinstance(target_modules, str) else [entry]
-                    matched = {name for name in modules if check_target_module_exists(matcher, name)}
-                except re.error as error:
-                    raise ValueError(f"{option}={entry!r} is not a regular expression: {error}") from None
-                if not matched:
-                    raise ValueError(
-                        f"{option}={entry!r} matches no module of the model; its modules are named like "
-                        f"{', '.join(_examples(modules))}. A list takes parts of names, a string one regular "
-                        'expression for whole names (or "all-linear").'
-                    )
-                owners |= matched
-            adapters = {id(p) for p in adapter_weights(model)}
-            self.names_adapters = any(id(p) in adapters for name in owners for p in _own(modules[name]))
-        self._named = {id(param) for name in owners for param in _own(modules[name])}
-
-    def include(self, param: nn.Parameter) -> bool:
-        return id(param) in self._named
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners: set[str] = set()
+    if target_modules is None:
+        owners = set(modules)
+    elif target_modules in _ALL_LINEAR:
+        linear = linear_matrices(model)
+        owners = {name for name, module in modules.items() if linear & set(map(id, _own(module)))}
+    else:
+        for entry in [target_modules] if isinstance(target_modules, str) else target_modules:
+            try:
+                # A lone string is matched whole, entries of a list may also be part of a name.
+                matcher = entry if isinstance(target_modules, str) else [entry]
+                matched = {name for name in modules if check_target_module_exists(matcher, name)}
+            except re.error as error:
+                raise ValueError(f"{option}={entry!r} is not a regular expression: {error}") from None
+            if not matched:
+                raise ValueError(
+                    f"{option}={entry!r} matches no module of the model; its modules are named like "
+                    f"{', '.join(_examples(modules))}. A list takes parts of names, a string one regular "
+                    'expression for whole names (or "all-linear").'
+                )
+            owners |= matched
+    return {id(param) for name in owners for param in _own(modules[name])}
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import PartialState
@@ -102,10 +103,18 @@ class Teacher:
                 logits = self.model(**inputs).logits.flatten(end_dim=-2)
             return lambda tokens: logits[tokens.to(logits.device)]
         except _BodyIsDone as done:
-            return _Head(self.model, body, done.output, self._autocast)
+            output, hidden = done.output, done.output.last_hidden_state.flatten(end_dim=-2)
         finally:
             if handle is not None:
                 handle.remove()
+
+        @torch.no_grad()
+        def head(tokens: Tensor) -> Tensor:
+            output.last_hidden_state = hidden[tokens.to(hidden.device)][None]
+            with mock.patch.object(body, "forward", lambda *args, **kwargs: output), self._autocast():
+                return self.model().logits[0]
+
+        return head
 
 
 def load_teacher(name: str, causal: bool, dtype: str) -> tuple[nn.Module, Any]:
@@ -141,28 +150,6 @@ class _BodyIsDone(Exception):
 
     def __init__(self, output: Any) -> None:
         self.output = output
-
-
-class _Head:
-    """What a model's forward pass makes of some of the hidden states that its body has returned."""
-
-    def __init__(self, model: nn.Module, body: nn.Module, output: Any, autocast: Callable) -> None:
-        self._model, self._body, self._output, self._autocast = model, body, output, autocast
-        self._hidden = output.last_hidden_state.flatten(end_dim=-2)
-
-    @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> Tensor:
-        self._output.last_hidden_state = self._hidden[tokens.to(self._hidden.device)][None]
-        own = self._body.__dict__.get("forward")
-        self._body.__dict__["forward"] = lambda *args, **kwargs: self._output
-        try:
-            with self._autocast():
-                return self._model().logits[0]
-        finally:
-            if own is None:
-                del self._body.__dict__["forward"]
-            else:
-                self._body.__dict__["forward"] = own
 
 
 def check_vocabularies(name: str, student: tuple[nn.Module, Any], teacher: tuple[nn.Module, Any]) -> None:

@@ -210,7 +210,8 @@ def test_adapters_may_decay_and_the_base_keeps_its_record(run, sparse_dir, text_
             uploads.append((sorted(path.name for path in folder_path.iterdir()), ignore_patterns, options["repo_id"]))
 
     monkeypatch.setattr("support.models.HfApi", Hub)
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *args, **kwargs: setattr(self, "hub_model_id", "me/out"))
+    created = {"hub_model_id": "me/out", "push_in_progress": None}
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *args, **kwargs: vars(self).update(created))
     base = AutoModelForCausalLM.from_pretrained(sparse_dir)
     base.config.padam_decays = {"dense_modules": ["q_proj"]}
     base.save_pretrained(tmp_path / "base")

@@ -181,7 +181,8 @@ def _kernel(
     row = _row(*dtypes)
 
     # No annotations: they would end up in inductor's cache key.
-    def take_step(param, grad, exp_avg, exp_avg_sq, values, keys, s=None):
+    def take_step(param, grad, exp_avg, exp_avg_sq, *others):
+        s, (values, *keys) = others[0] if follows else None, others[follows:]
         scalars = Scalars(form, *values[:_PLAIN].unbind())._replace(late_decay=late, fisher=fisher)
         if follows:
             scalars = scalars._replace(s_rate=values[_PLAIN])
@@ -195,16 +196,10 @@ def _kernel(
         update_(param, grad, exp_avg, exp_avg_sq, scalars, power, bits, s)
         return ()
 
-    def kernel(param, grad, exp_avg, exp_avg_sq, values, *keys):
-        return take_step(param, grad, exp_avg, exp_avg_sq, values, keys)
-
-    def kernel_with_s(param, grad, exp_avg, exp_avg_sq, s, values, *keys):
-        return take_step(param, grad, exp_avg, exp_avg_sq, values, keys, s)
-
     arithmetic = torch.promote_types(dtypes[0], torch.float32)
     values = torch.empty(_PLAIN + follows + PARTS * fast, dtype=arithmetic, device="cpu")
     keys = [torch.empty(3, dtype=torch.int32, device="cpu")] * rounds
     try:
-        return inductor.compile_over_rows(kernel_with_s if follows else kernel, dtypes, row, values, *keys)
+        return inductor.compile_over_rows(take_step, dtypes, row, values, *keys)
     except Exception as error:  # of a compiler, a linker, a full or read-only disk
         return f"a kernel for {form.name}, {', '.join(map(str, dtypes))} cannot be built ({summary(error)})"
