@@ -58,8 +58,9 @@ def make(name: str, zeros: float, directory: Path) -> int:
         for parameter in decayed.values():
             parameter[torch.rand(parameter.shape, dtype=torch.float32) < zeros] = 0
         for parameter in model.parameters():
-            bits += 16 * int(torch.count_nonzero(parameter))
-            bits += parameter.numel() if id(parameter) in linear else 0
+            decays = id(parameter) in linear
+            bits += 16 * int(torch.count_nonzero(parameter) if decays else parameter.numel())
+            bits += parameter.numel() if decays else 0
     model.save_pretrained(directory, max_shard_size="50GB")
     return bits // 8
 

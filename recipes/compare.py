@@ -103,8 +103,22 @@ def _counterpart(job: Job, method: str, candidates: list[Job]) -> Job:
     raise UsageError(f"{job.output_dir.name}: {method}, which it needs, has no setting of its seed and max_steps")
 
 
+_NOT_BEFORE = {
+    "distill_from", "seed", "one_shot", "one_shot_by", "prune_to", "prune_by", "prune_start", "prune_end",
+    "prune_interval", "calibration_samples", "save_strategy", "save_steps", "save_total_limit",
+    "resume_from_checkpoint",
+}  # fmt: skip
+"""Options that change nothing before a method begins to prune, or are checked by themselves."""
+
+
 def _check_branch(job: Job, start: Job, checkpoint: str) -> None:
-    """Check that a run will save the checkpoint that another goes on from, and that this prunes nothing before it."""
+    """Check that a run will save the checkpoint that another goes on from, and that this is the same until then."""
+    differing = {n for n in {*job.options, *start.options} - _NOT_BEFORE if job.options.get(n) != start.options.get(n)}
+    if differing:
+        raise UsageError(
+            f"{job.output_dir.name} goes on from {start.output_dir.name}, which has another "
+            f"{', '.join(sorted(differing))}: up to the checkpoint both must be the same run"
+        )
     number, options = re.fullmatch(r"checkpoint-(\d+)", checkpoint), start.options
     step = int(number[1]) if number else 0
     every = int(float(options.get("save_steps", 0))) if options.get("save_strategy") == "steps" else 0

@@ -26,6 +26,8 @@ from support.pareto import Comparison, Point, setting
 from support.report import hardware
 from support.trials import Job, RunFailed, Runner, extra_options, read_plan
 
+from hf_padam.files import locked
+
 KEYS = {"title": str, "recipe": str, "options": dict, "search": dict, "seed": int}
 FRONT, OTHERS = "Pareto front", "other trials"
 FAILURES_IN_A_ROW = 3
@@ -121,7 +123,12 @@ def main() -> None:
     if args.trials < 1:
         raise UsageError(f"--trials {args.trials} is too small: it must be at least 1")
     directory = check_output_dir(args.output_dir)
-    common = plan["options"] | extra
+    with locked(directory):
+        search(plan, args, plan["options"] | extra, directory)
+
+
+def search(plan: dict[str, Any], args: argparse.Namespace, common: dict[str, Any], directory: Path) -> None:
+    """Run trials until so many have finished; write what was found after each."""
     study, runner = open_study(directory, plan, common), Runner(args.jobs)
 
     def finished() -> int:

@@ -213,6 +213,9 @@ class Comparison:
             axis.axhline(self._dense, color="gray", linewidth=0.8, linestyle=":")
             low, high = self._dense, max(min(max(p.loss for p in self.points), 1.2 * self._dense), 1.02 * self._dense)
             axis.set_ylim(min(low, *(p.loss for p in self.points)) - 0.05 * (high - low), high + 0.05 * (high - low))
+            above = sum(p.loss > high for p in self.points)
+            note = f"not shown, above: {above}" if above else ""
+            axis.text(0.99, 0.99, note, ha="right", va="top", transform=axis.transAxes, fontsize=8)
         axis.set(xlabel="exact zeros among the decayed weights (%)", ylabel="validation loss (nats per token)")
         axis.set_title(title)
         axis.legend(fontsize=8)

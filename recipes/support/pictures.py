@@ -44,15 +44,21 @@ class Magnitudes:
         return cls(counts, sum(c.zeros for c in totals), sum(c.elements for c in totals))
 
 
-def draw_training(path: Path, history: list[dict[str, Any]]) -> None:
-    """Draw the losses and the share of zeros over the steps, from rows as `report.conclude` takes them."""
+def draw_training(path: Path, history: list[dict[str, Any]], distilled: bool = False) -> None:
+    """Draw the losses and the share of zeros over the steps, from rows as `report.conclude` takes them.
+
+    Args:
+        path: The picture; its suffix decides the format.
+        history: The rows.
+        distilled: Whether the training loss is in part the divergence from a teacher.
+    """
     losses = [(row["step"], row["loss"]) for row in history if "loss" in row]
     sparsities = [(row["step"], 100 * row["sparsity"]) for row in history if "sparsity" in row and "loss" in row]
     evaluations = [(row["step"], math.log(row["eval_perplexity"])) for row in history if "eval_perplexity" in row]
     figure = Figure(figsize=(7, 4))
     axis = figure.subplots()
     if losses:
-        axis.plot(*zip(*losses, strict=True), color="tab:blue", label="training loss")
+        axis.plot(*zip(*losses, strict=True), color="tab:blue", label=f"training loss{', distilled' * distilled}")
     if evaluations:
         axis.plot(*zip(*evaluations, strict=True), "o", color="tab:orange", label="validation loss")
     axis.set(xlabel="step", ylabel="loss (nats per token)")

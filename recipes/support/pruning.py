@@ -91,6 +91,8 @@ class PruningArguments:
             for method in methods or [""]:
                 if method not in METHODS:
                     raise UsageError(f"--{name} {method} is not one of {', '.join(METHODS)}")
+        if self.prune_to and self.soft_threshold:
+            raise UsageError("--prune_to and --soft_threshold are two methods: give one of them")
         if not 0 <= self.prune_start <= self.prune_end <= 1:
             raise UsageError(
                 f"--prune_start {self.prune_start} and --prune_end {self.prune_end} must be shares of the steps, "

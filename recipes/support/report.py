@@ -51,6 +51,7 @@ class Run:
     counts: list[TensorCount]
     command: str
     sources: dict[str, str]
+    distilled: bool
 
 
 def write_report(directory: Path, run: Run) -> None:
@@ -66,7 +67,7 @@ def write_report(directory: Path, run: Run) -> None:
     missing = [key for key in RESULT_KEYS if key not in run.results]
     if missing:
         raise KeyError(f"results lack {', '.join(missing)}")
-    draw_training(directory / "training.png", run.history)
+    draw_training(directory / "training.png", run.history, run.distilled)
     draw_magnitudes(directory / "weight_magnitudes.png", run.before, run.after)
     draw_layers(directory / "sparsity_by_layer.png", run.counts)
     rows = _rows(run)
@@ -145,6 +146,7 @@ def conclude(
             "model": model_source,
             "text": str(data_args.dataset_name or data_args.train_file),
         },
+        distilled=any(getattr(given, "distill_from", None) for given in arguments),
     )
     write_report(directory, run)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 
-from hf_padam.files import write_atomically
+from hf_padam.files import locked, write_atomically
 from hf_padam.resuming.interruption import EXIT_STATUS
 
 from .config_files import as_arguments
@@ -84,11 +84,14 @@ class Runner:
 
         Raises:
             RunFailed: If it ends without results.
+            BusyError: If another command is running it.
             UsageError: If it refuses its options, or a finished run of other options is in its place.
         """
-        finished = self.finished(job)
-        if finished is not None:
-            return finished
+        with locked(job.output_dir.with_name(f".{job.output_dir.name}.lock")):
+            finished = self.finished(job)
+            return self._run(job) if finished is None else finished
+
+    def _run(self, job: Job) -> dict[str, Any]:
         results, log = (job.output_dir / name for name in ("results.json", "log.txt"))
         if results.is_file():
             raise UsageError(

@@ -211,7 +211,8 @@ def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkey
         "title": "t", "recipe": "finetune_clm.py", "seeds": [0, 1],
         "options": {"model_name_or_path": "m", "train_file": str(tmp_path / "f.txt"), "max_steps": 5},
         "methods": {
-            "both": [{"distill_from": "AdamW", "resume_from_checkpoint": "taught/checkpoint-3", "weight_decay": 0.5}],
+            "both": [{"distill_from": "AdamW", "resume_from_checkpoint": "taught/checkpoint-3",
+                      "calibration_samples": 7}],
             "taught": [{"distill_from": "AdamW", "max_steps": 9}, {"distill_from": "AdamW", **saves}],
             "AdamW": [{"optim": "adamw_torch"}, {"optim": "adamw_torch", "max_steps": 9}],
             "from a file": [{"distill_from": "some/model", "resume_from_checkpoint": "some/checkpoint-1"}],
@@ -274,7 +275,7 @@ def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkey
     Path("runs/plan/taught_distill_from_adamw-seed0/checkpoint-3").rmdir()
     assert run("--seeds", "0") == 2 and not ran
     assert "is gone: remove runs/plan/taught" in capsys.readouterr().err
-    finished.add("both_distill_from_adamw_weight_decay_0.5-seed0")
+    finished.add("both_distill_from_adamw_calibration_samples_7-seed0")
     assert run("--seeds", "0", "--methods", "both") == 0, "what it needed matters no more"
 
     taught, both, dense = plan["methods"]["taught"][1], plan["methods"]["both"][0], plan["methods"]["AdamW"][0]
@@ -283,6 +284,7 @@ def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkey
         (taught, {"save_steps": 2}, "which saves no such checkpoint"),
         (taught, {"save_total_limit": 1}, "which saves no such checkpoint"),
         (both, {"resume_from_checkpoint": "taught"}, "which saves no such checkpoint"),
+        (both, {"learning_rate": 1e-4}, "which has another learning_rate: up to the checkpoint"),
         (both, {"prune_to": 0.5}, "prunes from step 1 on if at all, but would go on from checkpoint-3"),
     ):
         kept = dict(changed)
