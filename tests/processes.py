@@ -78,6 +78,9 @@ def run_script(
     """
     defaults = {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
     environment = os.environ | defaults | {"CUDA_VISIBLE_DEVICES": ""} | environment
+    if environment["CUDA_VISIBLE_DEVICES"]:  # CUDA, of which torchao asks as it is imported, does not survive a fork
+        line = [sys.executable, str(script), *map(str, arguments)]
+        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=timeout)
     if processes > 1 or "RANK" in environment:
         with socket.socket() as free:
             free.bind(("localhost", 0))

@@ -1,6 +1,7 @@
 """The command for whoever has a GPU, as far as a CPU can tell."""
 
 import json
+import math
 import os
 
 import benchmark_step
@@ -21,19 +22,22 @@ def test_without_a_gpu_it_says_what_it_would_do_and_exits_with_2(tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
 
+RESULTS = dict(test_perplexity_before=2.0, test_perplexity=1.0, sparsity=0.5)
+
+
 def test_it_names_every_option_of_what_it_starts(monkeypatch, tmp_path):
     """Each command is one that its program would accept."""
     commands = []
 
     def run(*command, **_):
         commands.append([str(word) for word in command])
-        for flag, text in (("--output", "[]"), ("--output_dir", None)):
+        rows = [{"optimizer": "PAdam triton"}] if "llama-1.1b" in command else []
+        for flag, text in (("--output", json.dumps(rows)), ("--output_dir", None)):
             if flag in commands[-1]:
                 target = commands[-1][commands[-1].index(flag) + 1]
-                results = dict(test_perplexity_before=2.0, test_perplexity=1.0, sparsity=0.5)
                 file = target if text else f"{target}/results.json"
                 with open(file, "w") as f:
-                    f.write(text or json.dumps(results))
+                    f.write(text or json.dumps(RESULTS))
         return "1 passed"
 
     monkeypatch.setattr(gpu_checks, "run", run)
@@ -49,6 +53,11 @@ def test_it_names_every_option_of_what_it_starts(monkeypatch, tmp_path):
         benchmark_step.main(command[1 : command.index("--output")])  # exits if it does not know an option
     assert whole[0].endswith("finetune_clm.py")
     assert fsdp[:2] == ["-m", "accelerate.commands.launch"] and fsdp[-2:] == ["--max_eval_samples", "4"]
+    for wrong in ({"sparsity": 0.0}, {"test_perplexity": math.nan}, {"test_perplexity": 3.0}):
+        monkeypatch.setattr(json, "loads", lambda text, wrong=wrong: {**RESULTS, **wrong})
+        with pytest.raises(AssertionError, match="perplexity"):
+            gpu_checks.quickstart(CPU)
+    monkeypatch.undo()
     for command in (whole, fsdp[fsdp.index(whole[0]) :]):
         _, data, _, args = finetune_clm.parse([*command[1:], "--use_cpu"])
         assert data.max_eval_samples == (4 if command is not whole else 32) and args.max_steps in (5, 60)
