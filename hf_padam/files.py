@@ -120,9 +120,9 @@ def locked(path: str | Path) -> Iterator[bool]:
     finally:
         if path in _locked:  # which it is not in a forked process
             del _locked[path]
-            with suppress(OSError):  # where nothing may be deleted, nothing was made
-                _lock_file(path).unlink(missing_ok=True)
             if handle is not None:
+                with suppress(OSError):  # another user's
+                    _lock_file(path).unlink(missing_ok=True)
                 os.close(handle)
 
 
@@ -153,8 +153,9 @@ def _lock(path: Path) -> int | None:
     file = _lock_file(path)
     while True:
         try:
-            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # those of reading alone are refused an NFS lock
-        except OSError:  # of a directory that cannot be written to; whoever writes will say so
+            mode = os.O_RDWR if os.access(file, os.W_OK) or not file.exists() else os.O_RDONLY  # another user's
+            handle = os.open(file, mode | os.O_CREAT, 0o666)  # NFS refuses locks to those who may only read
+        except OSError:  # in a directory that cannot be written to; whoever writes will say so
             return None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,6 +165,8 @@ def _lock(path: Path) -> int | None:
         except OSError as error:
             os.close(handle)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
+                if mode == os.O_RDWR:  # for nothing, then
+                    file.unlink(missing_ok=True)
                 return None
             raise BusyError(_BUSY.format("another process", path)) from None
 
@@ -251,6 +254,9 @@ def staged_new_directory(directory: str | Path, replace: bool = False, last: str
             if replace and directory.exists():
                 discard(replaced)
                 os.rename(directory, replaced)
+            elif directory.is_dir():  # free, but for what a kill has left
+                (directory / LOCK).unlink(missing_ok=True)
+                discard(directory / INCOMPLETE)
             try:
                 os.rename(temporary, directory)
             except OSError:

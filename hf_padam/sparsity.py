@@ -95,9 +95,9 @@ def local_shard(tensor: Tensor) -> tuple[Tensor, Any]:
 
 
 def is_piece(tensor: Tensor) -> bool:
-    """Whether DeepSpeed has made this of many parameters, for its optimizer: it is none itself, unlike all others."""
+    """Whether DeepSpeed has made this of many parameters, for its optimizer: it is none itself, and DeepSpeed runs."""
     trained = tensor.requires_grad and tensor.is_leaf and not isinstance(tensor, torch.nn.Parameter)
-    return trained and "deepspeed" in sys.modules and dist.is_initialized()
+    return trained and getattr(sys.modules.get("deepspeed.comm.comm"), "cdb", None) is not None
 
 
 def sum_over_shards(values: Tensor, sharding: Any) -> Tensor:
@@ -110,9 +110,11 @@ def sum_over_shards(values: Tensor, sharding: Any) -> Tensor:
     if sharding is None:
         return values
     if isinstance(sharding, dist.ProcessGroup):
-        values = values.clone()
-        dist.all_reduce(values, group=sharding)
-        return values
+        kinds = [device.type for device in sharding._device_types]
+        place = values.device if values.device.type in kinds else torch.device(kinds[0])
+        total = values.to(place, copy=True)  # NCCL cannot add up what DeepSpeed has offloaded
+        dist.all_reduce(total, group=sharding)
+        return total.to(values.device)
     mesh, placements = sharding
     partial = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
     return DTensor.from_local(values, mesh, partial).full_tensor()

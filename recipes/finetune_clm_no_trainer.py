@@ -252,7 +252,7 @@ def main() -> None:
         test_perplexity_before=progress.test_before,
         **report.target(optimizer),
         train_steps=progress.step,
-        train_tokens_per_second=progress.tokens / progress.seconds,
+        train_tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
         seed=args.seed,
     )
     accelerator.end_training()

@@ -74,11 +74,6 @@ def perplexities(trainer: SFTTrainer) -> dict[str, float]:
     return found
 
 
-def tokens_of(history: list[dict[str, float]]) -> float:
-    """Return how many tokens a run had been trained on at its last log."""
-    return next((row["num_tokens"] for row in reversed(history) if "num_tokens" in row), 0)
-
-
 class Before(TrainerCallback):
     """Find the perplexities as training begins, and keep them in the log history, for a run that is resumed.
 
@@ -86,11 +81,10 @@ class Before(TrainerCallback):
     """
 
     def __init__(self, trainer: SFTTrainer) -> None:
-        self.trainer, self.tokens = trainer, 0.0  # which it was trained on before it was interrupted
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Find them, unless the log history has them."""
-        self.tokens = tokens_of(state.log_history)
         if self.result is None:
             self.trainer.log({f"before_{name}": value for name, value in perplexities(self.trainer).items()})
 
@@ -146,6 +140,7 @@ def main() -> None:
     # 3. What comes out: model and tokenizer first, the results last.
     save_trained(trainer, output_dir)
     history = trainer.state.log_history
+    tokens = next((row["num_tokens"] for row in reversed(history) if "num_tokens" in row), 0)  # of this process
     report.conclude(
         output_dir,
         trainer.accelerator.unwrap_model(trainer.model),
@@ -160,7 +155,7 @@ def main() -> None:
         test_perplexity_before=before.result,
         **report.target(trainer.optimizer),
         train_steps=trainer.state.global_step,
-        train_tokens_per_second=(tokens_of(history) - before.tokens) / timer.seconds if timer.seconds else 0.0,
+        train_tokens_per_second=tokens / timer.seconds if timer.seconds else 0.0,
         seed=args.seed,
     )
     upload(trainer, output_dir)

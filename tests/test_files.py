@@ -258,6 +258,26 @@ def test_what_was_replaced_does_not_come_back_if_its_deletion_is_interrupted(tmp
     assert os.listdir(tmp_path) == ["out"] and (out / "file").read_text() == "third"
 
 
+@pytest.mark.parametrize("replace", [False, True])
+def test_what_a_killed_run_has_left_in_an_empty_directory_is_in_nobodys_way(replace, tmp_path):
+    out = tmp_path / "out"
+    (out / ".incomplete").mkdir(parents=True)
+    (out / LOCK).touch()
+    with staged_new_directory(out, replace=replace) as staging:
+        (staging / "file").touch()
+    assert os.listdir(out) == ["file"]
+
+
+def test_the_lock_of_another_user_is_respected_and_left(tmp_path, monkeypatch):
+    with locked(tmp_path):
+        (tmp_path / LOCK).chmod(0o444)
+        monkeypatch.setattr("hf_padam.files._locked", {})  # as in another process
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # as it is for whoever is not root
+        with pytest.raises(BusyError), locked(tmp_path):
+            pass
+        assert os.listdir(tmp_path) == [LOCK]
+
+
 def killed(directory):
     if directory.is_dir():
         raise KeyboardInterrupt

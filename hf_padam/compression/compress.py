@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..files import is_free, real, staged_new_directory
+from ..files import LOCK, is_free, real, staged_new_directory
 from .hub import find, upload
 from .model_card import add_sparsity, remove_sparsity
 from .model_directory import CONFIG, OTHER_WEIGHTS, QUANT_METHOD, VERSION_KEY, ModelDirectory, checksum, unpacked
@@ -230,7 +230,7 @@ def _copy_others(source: Path, destination: Path) -> list[str]:
     """Copy tokenizer, generation config and the like; return the names of what is left out."""
     left_out = []
     for path in sorted(source.iterdir()):
-        if path.name in (CONFIG, INDEX) or path.name.startswith("."):
+        if path.name in (CONFIG, INDEX, LOCK) or path.name.startswith("."):
             continue
         if path.is_dir() and path.name in _COPIED_DIRECTORIES:
             shutil.copytree(path, destination / path.name)

@@ -71,9 +71,9 @@ class PAdam(Optimizer):
         late_decay: Take the factor from the weight after Adam's step, ``w_{t-1} - lr * u_t``, in place of
             ``w_{t-1}``. A weight that is exactly zero then leaves zero as soon as it has a gradient, so models end
             sparse only where gradients are zero, and tensors may start at zero.
-        s_rate: In (0, 1]. Below 1 the power ``|w_{t-1}|^(p_norm - 2)`` gives way to ``s``, which follows it as an
-            exponential moving average: ``s_t = (1 - s_rate) * s_{t-1} + s_rate * |w_{t-1}|^(p_norm - 2)``, from
-            ``s_0 = |w_0|^(p_norm - 2)``. (In the paper `s` is an auxiliary variable that is at its optimum at all
+        s_rate: 1, or in [2^-24, 1 - 2^-24]. Below 1 the power ``|w_{t-1}|^(p_norm - 2)`` gives way to ``s``, which
+            follows it as an exponential moving average: ``s_t = (1 - s_rate) * s_{t-1} + s_rate * |w_{t-1}|^(p - 2)``,
+            from ``s_0 = |w_0|^(p - 2)``. (In the paper `s` is an auxiliary variable that is at its optimum at all
             times, ``s_rate=1``.) Zero absorbs as ever. Not together with `late_decay`, "fisher" or a negative p.
         bf16_stochastic_round: Round bf16 weights and second moments up or down at random, so that the mean is exact.
             For models whose weights are bf16 (not for autocast): rounding to the nearest loses every change below
@@ -127,6 +127,7 @@ class PAdam(Optimizer):
         defaults = {name: plain(value) for name, value in defaults.items()}
         groups = with_exemptions(params, weight_decay)
         super().__init__(groups, defaults)
+        # Torch's defaults are in copies of the groups.
         said = {i for i, group in enumerate(groups) if isinstance(group, dict) and "lambda_p" in group}
         for group in self.param_groups:
             kept: dict[str, Any] = STATE if group.get("target_sparsity") is not None and group["lambda_p"] > 0 else {}

@@ -65,7 +65,7 @@ class Plan:
         grads: Of all its parameters, as `gradients` returns them.
 
     Raises:
-        ValueError: If a state has not the shape of its parameter.
+        ValueError: If a gradient or a state has another shape than its parameter, or is on another device.
     """
 
     def __init__(self, optimizer: Any, grads: list[Tensor | None]) -> None:

@@ -139,6 +139,8 @@ class TargetSparsity:
         if target is not None:
             self._given = float(target)
         if any(group["importance"] == "fisher" for group in steered):  # nothing is known of weights before
+            if self.first < YOUNG_STEPS:
+                logger.info("Target sparsity: zeros are made from step %d on, not %d.", YOUNG_STEPS, self.first)
             self.first = min(max(self.first, YOUNG_STEPS), total_steps - 1)
             self.last = max(self.first + 1, self.last)
         often = _PRUNINGS if _prunes(steered) else _UPDATES

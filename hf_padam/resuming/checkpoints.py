@@ -68,7 +68,7 @@ def newest_checkpoint(directory: str | Path, state_file: str = TRAINER_STATE) ->
         state_file: The file that holds the run's progress; a checkpoint without it is incomplete.
     """
     found: Path | None = None
-    left = [path for home in _leftovers(Path(directory)) for path in sorted(home.iterdir())]
+    left = [path for home in _leftovers(Path(directory)) for path in sorted(home.iterdir()) if path.is_dir()]
     for replaced in [path for path in left if path.name.startswith("replaced-")]:  # a kill between two renames
         original = Path(directory) / replaced.name.removeprefix("replaced-")
         if not original.exists():

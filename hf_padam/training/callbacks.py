@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.training_args import OptimizerNames
 
 from ..optim import PAdam, TargetSparsity, steering_of, unwrap
 from ..optim.schedules import DEFAULT_SHARE, check_schedule, set_p_norm
@@ -97,7 +96,7 @@ class CallbackFromGroups(TargetSparsityCallback):
         optimizer = innermost = unwrap(kwargs.get("optimizer"))
         while hasattr(innermost, "optimizer"):
             innermost = innermost.optimizer
-        plugin, name = getattr(args, "deepspeed_plugin", None), OptimizerNames(args.optim).value
+        plugin, name = getattr(args, "deepspeed_plugin", None), str(getattr(args.optim, "value", args.optim))
         if plugin is not None and name.startswith("padam") and not isinstance(innermost, PAdam):
             check_deepspeed(plugin.deepspeed_config, name)
         if getattr(optimizer, CHECK_LATER, False):

@@ -70,7 +70,7 @@ class PAdamOptions:
     p_norm_start: float = _option(SCHEDULE_START, "p of the first step, under a schedule; at 2 zeros may grow.")
     p_norm_schedule_share: float = _option(DEFAULT_SHARE, "Share of the training steps over which p moves.")
     late_decay: bool = _option(False, "Take the decay's factor from the weight after the step. Makes few exact zeros.")
-    s_rate: float = _option(1.0, "How fast the p-norm decay follows a weight, above 0, at most 1, which is at once.")
+    s_rate: float = _option(1.0, "How fast the p-norm decay follows a weight, up to 1, which is at once.")
     decay_embeddings: bool = _option(False, "Decay embeddings and the output head too, which are left out otherwise.")
     dense_modules: None | str | list[str] = _option(
         None, "Leave these modules out of the decay: a regular expression, or a JSON list."

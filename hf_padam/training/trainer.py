@@ -32,11 +32,11 @@ from .uneven_ends import marking_repeated_rows, rows_that_count
 
 logger = logging.getLogger(__name__)
 
-_ADDED_DECAY = "added_decay"
-"""Among the settings that a checkpoint keeps: whether a p-norm decay was added to an optimizer other than PAdam."""
-
 _FUSED = "fused_linear_cross_entropy"
 """The key of Liger's configuration for a loss that is made without logits; the default."""
+
+_ADDED_DECAY = "added_decay"
+"""Among the settings that a checkpoint keeps: whether a p-norm decay was added to an optimizer other than PAdam."""
 
 _DECAYED = "decayed_weights"
 """Another of them: which weights the p-norm decay acts on, if there is one."""

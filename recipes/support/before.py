@@ -14,8 +14,9 @@ from .errors import UsageError
 class TestBefore(TrainerCallback):
     """Evaluate the untrained model on the test split, as training begins.
 
-    Not before: a Trainer that has evaluated no longer wraps its model for several processes, whose gradients would
-    silently not be averaged. The result is kept in the log history, so a resumed run has it from its checkpoint.
+    Not before, as an example for the plain Trainer, too: one that has evaluated no longer wraps its model for several
+    processes, whose gradients would silently not be averaged. The result is kept in the log history, so a resumed run
+    has it from its checkpoint.
     """
 
     KEY = "test_before_perplexity"

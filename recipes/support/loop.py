@@ -139,7 +139,8 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore everything but the settings, which are kept beside this run's own."""
         self.saved_settings = state.pop("_settings")
-        vars(self).update(state)
+        vars(self).update({"tokens": 0} | state)
+        self.seconds *= "tokens" in state  # of an earlier version, which did not count them
         self.losses = [loss.to(self._accelerator.device) for loss in self.losses]
 
     def resume(self, choice: str | bool | None, output_dir: Path, optimizer: Optimizer) -> None:

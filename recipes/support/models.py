@@ -157,10 +157,10 @@ def save_trained(trainer: Trainer, output_dir: Path) -> None:
 
 
 def upload(trainer: Trainer, output_dir: Path) -> None:
-    """Upload what a run has left, but for checkpoints, if its arguments say `push_to_hub`.
+    """Make a model card and upload what a run has left, but for checkpoints, if its arguments say `push_to_hub`.
 
     Raises:
-        RunFailed: If that fails. What is in `output_dir` is not touched.
+        RunFailed: If that fails. The model in `output_dir` is not touched.
     """
     args = trainer.args
     if not args.push_to_hub or not trainer.is_world_process_zero():
@@ -171,10 +171,10 @@ def upload(trainer: Trainer, output_dir: Path) -> None:
             repo_id=trainer.hub_model_id,
             folder_path=output_dir,
             revision=args.hub_revision,
-            ignore_patterns=["checkpoint-*", ".*"],
+            ignore_patterns=["checkpoint-*", ".*", "_*"],
             commit_message="End of training",
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the Hub's library raises whatever its HTTP library raises
         raise RunFailed(f"{output_dir} is complete, but could not be uploaded: {error}") from error
 
 

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 class StepTimer(TrainerCallback):
     """Add up the time of training steps, evaluations and logging left out."""
 
-    seconds, epochs, sequences = 0.0, 0.0, 0
+    seconds, epochs, batches = 0.0, 0.0, 0
 
     def tokens_per_second(self, trainer: Trainer, block_size: int) -> float:
         """Return the tokens that all processes trained on, over the time; 0 if there was no step.
@@ -20,7 +20,9 @@ class StepTimer(TrainerCallback):
         Where it is known how many sequences an epoch has, incomplete batches count as what they are.
         """
         data: Any = trainer.train_dataset
-        sequences = self.epochs * len(data) if hasattr(data, "__len__") else self.sequences
+        sequences: float = self.batches * trainer._train_batch_size  # which may have been found to be smaller
+        if hasattr(data, "__len__"):
+            sequences = min(sequences, self.epochs * len(data))
         return sequences * block_size / self.seconds if self.seconds else 0.0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *unused: Any, **kwargs: Any) -> None:
@@ -32,5 +34,5 @@ class StepTimer(TrainerCallback):
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         self.seconds += time.perf_counter() - self._start
-        self.epochs += (state.epoch or 0.0) - self._epoch
-        self.sequences += (state.train_batch_size or 0) * args.gradient_accumulation_steps * args.world_size
+        self.epochs += max(0.0, (state.epoch or 0.0) - self._epoch)  # a resumed run may count anew
+        self.batches += args.gradient_accumulation_steps * args.world_size

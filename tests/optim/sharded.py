@@ -227,7 +227,9 @@ def main(directory: str) -> dict:
         zero3_refusal = str(PAdam([("head", zero3_placeholder())]))
     except ValueError as error:
         zero3_refusal = str(error)
-    sys.modules["deepspeed"] = ModuleType("deepspeed")
+    apart = scale_of_pieces(dist.get_rank(), dist.get_world_size())
+    started: Any = ModuleType("deepspeed.comm.comm")
+    sys.modules[started.__name__], started.cdb = started, "a backend"
     pieces = scale_of_pieces(dist.get_rank(), dist.get_world_size())
     state = optimizer.state[model.last.weight]
     empty = [0 for _ in range(dist.get_world_size())]
@@ -239,6 +241,7 @@ def main(directory: str) -> dict:
         "target_difference": difference_of(targets["fully_shard"][1], torch.load(Path(directory) / "target.pt")),
         "shards_of_last": empty,
         "resumed": resumed,
+        "apart": apart,
         "pieces": pieces,
         "refusal": refusal,
         "zero3_refusal": zero3_refusal,

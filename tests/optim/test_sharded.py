@@ -65,6 +65,8 @@ def test_pieces_of_deepspeed_are_measured_in_one_unit_or_not_at_all(trained):
     scale, refusal = trained[-1]["pieces"]
     assert (pytest.approx(scale, rel=1e-6), "") == scale_of_pieces()
     assert "sub_group_size" in refusal
+    scale, refusal = trained[-1]["apart"]  # tensors of their own, where DeepSpeed is not in use
+    assert scale != pytest.approx(scale_of_pieces()[0], rel=1e-2) and not refusal
 
 
 def test_a_checkpoint_of_one_process_goes_on_in_two(trained):

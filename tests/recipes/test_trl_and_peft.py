@@ -224,7 +224,7 @@ def test_adapters_may_decay_and_the_base_keeps_its_record(run, sparse_dir, text_
     assert results["decayed_parameters"] == sum(param.numel() for param in expected.values())
     [(names, ignored, repository)] = uploads
     assert {"model.safetensors", "results.json", "report.md", "training.png", "README.md"} <= set(names)
-    assert ignored == ["checkpoint-*", ".*"] and repository == "me/out"
+    assert ignored == ["checkpoint-*", ".*", "_*"] and repository == "me/out"
 
 
 @pytest.mark.parametrize(
