@@ -1,6 +1,7 @@
 """PAdam for Hugging Face Transformers: fine-tune with ``optim="padam"`` and the language model comes out sparse.
 
-Importing this package registers the name "padam" with Transformers. PAdam is Adam with pWD, the decoupled weight decay
+Importing this package registers the names "padam" and "padam_8bit" with Transformers, and the loader of compressed
+models. PAdam is Adam with pWD, the decoupled weight decay
 for any p norm of arXiv 2404.10824; it is not the *partially adaptive* "Padam" of arXiv 1806.06763.
 """
 

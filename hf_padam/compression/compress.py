@@ -89,6 +89,9 @@ def compress(
         revision: The branch, tag or commit of a model on the Hub.
         token: The access token for the Hub; by default that of HF_TOKEN or `hf auth login`.
 
+    Returns:
+        The destination, its bytes and those of the source's weights, the sparsity, and what was not copied.
+
     Raises:
         CompressionError: If the source is damaged, has no config, is compressed or quantized.
         FileExistsError: If there is something at the destination.
@@ -187,7 +190,11 @@ def save_compressed(
         token: The access token for the Hub; by default that of HF_TOKEN or `hf auth login`.
         save_options: For `save_pretrained`, e.g. `max_shard_size`.
 
+    Returns:
+        As `compress` does.
+
     Raises:
+        CompressionError: If a tensor cannot be packed.
         FileExistsError: If there is something at the destination.
         WriteError: If it could not be written.
     """

@@ -54,11 +54,11 @@ class PAdam8bit(PAdam):
     """PAdam with its moments in 8 bits; arguments and errors are those of `PAdam`.
 
     Moments of tensors (or shards) with at least `SMALLEST` elements, a multiple of `BLOCK`, are stored as torchao's
-    `OptimState8bit`; others as `PAdam` stores them. Each step uses moments that are up to date and exact to fp32
-    before they are stored again. ``s_rate < 1`` would add 4 bytes a parameter to these 2, and is refused.
+    `OptimState8bit`; others as `PAdam` stores them. Each step unpacks them, computes in fp32 and packs them again.
 
     Raises:
         ImportError: If torchao is not installed.
+        ValueError: Also for ``s_rate < 1``, which would add 4 bytes a parameter to these 2.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

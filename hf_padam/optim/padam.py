@@ -90,7 +90,9 @@ class PAdam(Optimizer):
     either ends, and starts anew.
 
     Raises:
-        ValueError: If a hyperparameter is out of range, or a decayed tensor is all zeros.
+        ValueError: If a hyperparameter is out of range, a decayed tensor is all zeros, or a parameter is not of real
+            floating-point numbers of 16 bits or more; from ``step``, if a gradient or a state has another shape than
+            its parameter, or is on another device.
         RuntimeError: If the backend cannot run where the tensors are; from ``step``, if a gradient is sparse.
     """
 

@@ -316,7 +316,7 @@ class TargetSparsity:
         initial = zeros / elements
         if self._blocks(pool[0]):  # of which some may begin with more zeros than they must have
             return initial, (zeros + missing_in_blocks(measure(self.optimizer, pool), pool)) / elements
-        if initial > target:
+        if zeros > _due(target, elements):  # which may be one more than the share, as a model has that met it before
             raise ValueError(
                 f"target_sparsity={target!r} is less than the share of zeros that the weights begin with, "
                 f"{initial:.4f}, and zeros do not come back: ask for more"
@@ -385,7 +385,7 @@ class TargetSparsity:
             _, threshold = zero_in_blocks_(measured, pool, 1.0)
         else:
             unknown = histogram(measured).infinite  # without a gradient so far: of these the same share is to go
-            missing = max(0, math.ceil(round(target * elements, 6)) - before)  # 0.55 * 100 is above 55
+            missing = max(0, _due(target, elements) - before)
             at_random = min(missing, round(target * unknown))
             threshold = zero_smallest_(measured, min(missing - at_random, elements - before - int(unknown)))
             zero_smallest_(measured, missing - (_zeros(pool)[0] - before), infinite=True)
@@ -451,6 +451,11 @@ def _zeros(pool: list[dict[str, Any]]) -> tuple[int, int]:
     """Count the zeros and the elements of all parameters, over all shards."""
     counts = _counts(pool)
     return sum(count.zeros for count in counts), sum(count.elements for count in counts)
+
+
+def _due(target: float, elements: int) -> int:
+    """Return how many zeros meet a target."""
+    return math.ceil(round(target * elements, 6))  # 0.55 * 100 is above 55
 
 
 def _mean(values: Sequence[float], weights: Sequence[int]) -> float:

@@ -30,6 +30,9 @@ class TargetSparsityCallback(TrainerCallback):
         start: See `TargetSparsity`.
         end: See `TargetSparsity`.
         per_group: See `TargetSparsity`.
+
+    Raises:
+        ValueError: If the target or the ramp is out of range; as training begins, if the optimizer is no `PAdam`.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ def sequence_nll(logits: Tensor, labels: Tensor, *, shift: bool = True) -> tuple
 
     Args:
         logits: (batch, length, vocabulary).
-        labels: (batch, length); -100 marks tokens that are not predicted.
+        labels: (batch, length), in the vocabulary, which is not checked; -100 marks tokens that are not predicted.
         shift: Whether position i predicts label i + 1, as in causal models, rather than label i.
 
     Returns:
@@ -79,7 +79,11 @@ class Perplexity(evaluate.Metric):
     """exp(NLL / tokens), over all predicted tokens of all sequences, however they were batched.
 
     ``predictions`` are the sequences' summed NLLs in nats, ``references`` their numbers of predicted tokens; both come
-    from `sequence_nll`. ``compute`` returns ``perplexity``, ``loss`` (mean NLL per token, in nats) and ``tokens``.
+    from `sequence_nll`. ``compute`` returns ``perplexity`` (inf above a loss of 700), ``loss`` (mean NLL per token, in
+    nats) and ``tokens``.
+
+    Raises:
+        ValueError: From ``compute``, if no token was predicted.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -140,6 +144,9 @@ class WeightSparsity(evaluate.Measurement):
             model: Counted whole: frozen parameters included, tied ones once.
             decayed: Names of its decayed weights; what `hf_padam.decayed_parameters` returns for it by default.
             kwargs: ``data``, in place of a model.
+
+        Returns:
+            Shares, in [0, 1] or None, and counts of weights; see the class.
         """
         if model is not None:
             return summarize(count_model_zeros(model, decayed_parameters(model) if decayed is None else decayed))

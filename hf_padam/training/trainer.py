@@ -57,6 +57,10 @@ class PAdamTrainer(DistillingTrainer):
     Runs go on exactly after a kill (see `ResumableTrainer`), and a gradient that is not finite is never applied. (With
     ``logging_nan_inf_filter=False``, which is for steps that never wait for the device, it is not logged or saved.)
     With `distill_from`, the loss is in part the divergence from a teacher (see `DistillingTrainer`).
+
+    Args:
+        args: As for `transformers.Trainer`.
+        kwargs: As for `transformers.Trainer`; `teacher`, see `DistillingTrainer`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -453,6 +453,18 @@ def test_a_target_below_what_is_there_is_refused():
         TargetSparsity(optimizer, 0.5, 10)
 
 
+@pytest.mark.parametrize("importance", ["magnitude", "fisher"])
+def test_a_model_that_has_met_a_target_trains_on_with_the_same(importance):
+    weight = nn.Parameter(torch.linspace(0.1, 1.0, 7))
+    for _ in range(2):  # of 7 weights 3 are less than half, and 4 are more
+        optimizer = PAdam([weight], lr=1e-3, importance=importance, p_norm=-math.inf)
+        steering = TargetSparsity(optimizer, 0.5, 20)
+        for step in range(20):
+            weight.grad = torch.randn(7, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        assert steering.met and (weight == 0).sum() == 4
+
+
 # Through the Trainer.
 
 
