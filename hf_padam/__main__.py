@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     verify.add_argument("model", metavar="MODEL", help="a directory, compressed or not, or a model's id on the Hub")
     for name in ("compress", "decompress", "sparsity", "verify"):
         command = commands.choices[name]
-        command.add_argument("--revision", help="the branch, tag or commit of a model on the Hub")
+        more = "; of a directory's upload, the branch" if name == "compress" else ""
+        command.add_argument("--revision", help=f"the branch, tag or commit of a model on the Hub{more}")
         command.add_argument("--token", help="for the Hub (default: that of HF_TOKEN or `hf auth login`)")
     args = parser.parse_args(argv)
     if args.command == "run":
@@ -107,9 +108,10 @@ def _compression(args: argparse.Namespace) -> str:
     options = {"force": args.force, "revision": args.revision, "token": args.token}
     if args.command == "decompress":
         return f"{decompress(args.source, args.destination, **options)} holds the standard checkpoint.\n"
-    result = compress(args.source, args.destination, **options)
+    branch = args.revision if args.push_to_hub and os.path.isdir(args.source) else None
+    result = compress(args.source, args.destination, **options | ({"revision": None} if branch else {}))
     if args.push_to_hub:
-        upload(result.directory, args.push_to_hub, private=args.private, token=args.token)
+        upload(result.directory, args.push_to_hub, private=args.private, token=args.token, revision=branch)
     return f"{result}\n"
 
 
@@ -149,10 +151,6 @@ def _verify(args: argparse.Namespace) -> str:
 def _run(parser: argparse.ArgumentParser, script: str, arguments: list[str], is_module: bool) -> None:
     """Execute a script or module as ``__main__``. Importing this package has registered the name already."""
     register_in_children()
-    from .training.announcement import DecayAnnouncement
-    from .training.registration import add_callback_to_every_trainer
-
-    add_callback_to_every_trainer(DecayAnnouncement)
     if not is_module and not os.path.isfile(script):
         parser.error(f"{script!r} is not a file. Give the path of a Python script, or -m and the name of a module.")
     sys.argv = [script, *arguments]

@@ -67,7 +67,9 @@ def staged(path: str | Path) -> Iterator[Path]:
         with _explained(path):
             yield temporary
             # mkstemp makes files private, and the rename would keep them so.
-            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode) if target.is_file() else 0o666 & ~_UMASK)
+            mode = stat.S_IMODE(target.stat().st_mode) if target.is_file() else 0o666 & ~_UMASK
+            with suppress(PermissionError):  # on a file system without modes
+                os.chmod(temporary, mode)
             os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -33,6 +33,7 @@ from support.timing import StepTimer
 from transformers import default_data_collator, set_seed
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
+from hf_padam.resuming.checkpoints import claimed
 
 
 def parse(argv: list[str]) -> tuple[Any, ...]:
@@ -82,34 +83,35 @@ def main() -> None:
         trainer.add_callback(callback)
     before = Magnitudes.of(model, decayed)
     trainer.add_callback(TestBefore(trainer, splits["test"]))
-    trainer.train(resume_from_checkpoint=resume)
-    validation = trainer.evaluate(metric_key_prefix="validation")
-    test = trainer.evaluate(splits["test"], metric_key_prefix="test")
+    with claimed(output_dir):
+        trainer.train(resume_from_checkpoint=resume)
+        validation = trainer.evaluate(metric_key_prefix="validation")
+        test = trainer.evaluate(splits["test"], metric_key_prefix="test")
 
-    # 4. What comes out: model and tokenizer first, the results last.
-    save_trained(trainer, output_dir)
-    one_shot = evaluate_one_shot(trainer, pruning_args, splits["test"])
-    block_size = len(next(iter(splits["train"]))["input_ids"])
-    report.conclude(
-        output_dir,
-        trainer.accelerator.unwrap_model(trainer.model),
-        decayed,
-        title=f"{model_args.model_name_or_path} fine-tuned with {report.optimizer_name(args)}",
-        model_source=str(model_args.model_name_or_path),
-        before=before,
-        history=trainer.state.log_history,
-        arguments=(model_args, data_args, pruning_args, args),
-        is_main_process=trainer.is_world_process_zero(),
-        validation_perplexity=validation["validation_perplexity"],
-        test_perplexity=test["test_perplexity"],
-        test_perplexity_before=TestBefore.result(trainer),
-        one_shot=one_shot,
-        **report.target(trainer.optimizer),
-        train_steps=trainer.state.global_step,
-        train_tokens_per_second=timer.tokens_per_second(trainer, block_size),
-        seed=args.seed,
-    )
-    upload(trainer, output_dir)
+        # 4. What comes out: model and tokenizer first, the results last.
+        save_trained(trainer, output_dir)
+        one_shot = evaluate_one_shot(trainer, pruning_args, splits["test"])
+        block_size = len(next(iter(splits["train"]))["input_ids"])
+        report.conclude(
+            output_dir,
+            trainer.accelerator.unwrap_model(trainer.model),
+            decayed,
+            title=f"{model_args.model_name_or_path} fine-tuned with {report.optimizer_name(args)}",
+            model_source=str(model_args.model_name_or_path),
+            before=before,
+            history=trainer.state.log_history,
+            arguments=(model_args, data_args, pruning_args, args),
+            is_main_process=trainer.is_world_process_zero(),
+            validation_perplexity=validation["validation_perplexity"],
+            test_perplexity=test["test_perplexity"],
+            test_perplexity_before=TestBefore.result(trainer),
+            one_shot=one_shot,
+            **report.target(trainer.optimizer),
+            train_steps=trainer.state.global_step,
+            train_tokens_per_second=timer.tokens_per_second(trainer, block_size),
+            seed=args.seed,
+        )
+        upload(trainer, output_dir)
 
 
 if __name__ == "__main__":

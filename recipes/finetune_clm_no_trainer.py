@@ -172,90 +172,91 @@ def main() -> None:
     # 4. Training.
     model.train()
     bar = tqdm(total=total_steps, initial=progress.step, desc="Training", disable=not accelerator.is_main_process)
-    with claimed(output_dir), StopSignal() as stop:
-        while progress.step < total_steps:
-            loaders["train"].set_epoch(progress.epoch)
-            for batch in accelerator.skip_first_batches(loaders["train"], progress.batches):
-                start = time.perf_counter()
-                with accelerator.accumulate(model):
-                    with distillation(plain, batch) if distillation else nullcontext():
-                        loss = model(**batch).loss
-                    left = batches_per_epoch - progress.batches // accumulated * accumulated
-                    accelerator.backward(loss * accumulated / min(accumulated, left))  # which divides by all
-                    progress.losses.append(loss.detach())
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-                        try:
-                            check_gradient_norm(norm, progress.step + 1, accelerator)
-                        except FloatingPointError:
-                            if args.nonfinite_gradients == "stop":
-                                raise
-                            optimizer.zero_grad()  # so that the step changes nothing
-                        p_scheduler.step(progress.step)  # whose p depends on the steps so far, resumed or not
-                        optimizer.step()
-                        scheduler.step()
-                        optimizer.zero_grad()
-                if torch.accelerator.is_available():
-                    torch.accelerator.synchronize()
-                progress.seconds += time.perf_counter() - start
-                progress.tokens += batch["input_ids"].numel() * accelerator.num_processes
-                progress.batches += 1
-                if not accelerator.sync_gradients:
-                    continue
-                progress.step += 1
-                bar.update()
-                last = progress.step == total_steps
-                if steering and last:
-                    steering.finish()  # loss scaling may have left out steps of the ramp
-                if progress.step % args.logging_steps == 0 or last:
-                    mean_loss = accelerator.gather(torch.stack(progress.losses)).mean().item()
-                    sparsity = WeightSparsity().compute(model=plain, decayed=decayed)["sparsity"]
-                    row = {"loss": mean_loss, "sparsity": sparsity} | (steering.state() if steering else {})
-                    if args.p_norm_schedule != "constant":
-                        row["p_norm"] = p_scheduler.get_last_p_norm()[0]
-                    progress.history.append({"step": progress.step, **row})
-                    bar.set_postfix(loss=f"{mean_loss:.3f}", sparsity=f"{sparsity:.2%}")
-                    accelerator.log(row, step=progress.step)
-                    progress.losses.clear()
-                stopping = stop.agreed(last)
-                if stopping or args.saves_at(progress.step, last):
-                    progress.save(output_dir, args.save_total_limit)
-                if stopping:
-                    accelerator.end_training()
-                    sys.exit(EXIT_STATUS)
-                if last:
-                    break
-            progress.epoch, progress.batches = progress.epoch + 1, 0
-    bar.close()
-    validation, test = perplexity("validation"), perplexity("test")
+    with claimed(output_dir):
+        with StopSignal() as stop:
+            while progress.step < total_steps:
+                loaders["train"].set_epoch(progress.epoch)
+                for batch in accelerator.skip_first_batches(loaders["train"], progress.batches):
+                    start = time.perf_counter()
+                    with accelerator.accumulate(model):
+                        with distillation(plain, batch) if distillation else nullcontext():
+                            loss = model(**batch).loss
+                        left = batches_per_epoch - progress.batches // accumulated * accumulated
+                        accelerator.backward(loss * accumulated / min(accumulated, left))  # which divides by all
+                        progress.losses.append(loss.detach())
+                        if accelerator.sync_gradients:
+                            norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+                            try:
+                                check_gradient_norm(norm, progress.step + 1, accelerator)
+                            except FloatingPointError:
+                                if args.nonfinite_gradients == "stop":
+                                    raise
+                                optimizer.zero_grad()  # so that the step changes nothing
+                            p_scheduler.step(progress.step)  # whose p depends on the steps so far, resumed or not
+                            optimizer.step()
+                            scheduler.step()
+                            optimizer.zero_grad()
+                    if torch.accelerator.is_available():
+                        torch.accelerator.synchronize()
+                    progress.seconds += time.perf_counter() - start
+                    progress.tokens += batch["input_ids"].numel() * accelerator.num_processes
+                    progress.batches += 1
+                    if not accelerator.sync_gradients:
+                        continue
+                    progress.step += 1
+                    bar.update()
+                    last = progress.step == total_steps
+                    if steering and last:
+                        steering.finish()  # loss scaling may have left out steps of the ramp
+                    if progress.step % args.logging_steps == 0 or last:
+                        mean_loss = accelerator.gather(torch.stack(progress.losses)).mean().item()
+                        sparsity = WeightSparsity().compute(model=plain, decayed=decayed)["sparsity"]
+                        row = {"loss": mean_loss, "sparsity": sparsity} | (steering.state() if steering else {})
+                        if args.p_norm_schedule != "constant":
+                            row["p_norm"] = p_scheduler.get_last_p_norm()[0]
+                        progress.history.append({"step": progress.step, **row})
+                        bar.set_postfix(loss=f"{mean_loss:.3f}", sparsity=f"{sparsity:.2%}")
+                        accelerator.log(row, step=progress.step)
+                        progress.losses.clear()
+                    stopping = stop.agreed(last)
+                    if stopping or args.saves_at(progress.step, last):
+                        progress.save(output_dir, args.save_total_limit)
+                    if stopping:
+                        accelerator.end_training()
+                        sys.exit(EXIT_STATUS)
+                    if last:
+                        break
+                progress.epoch, progress.batches = progress.epoch + 1, 0
+        bar.close()
+        validation, test = perplexity("validation"), perplexity("test")
 
-    # 5. What comes out: model and tokenizer first, the results last.
-    def save(directory: str) -> None:
-        state = accelerator.get_state_dict(model)
-        if accelerator.is_main_process:
-            plain.save_pretrained(directory, state_dict=state)
-            tokenizer.save_pretrained(directory)
+        # 5. What comes out: model and tokenizer first, the results last.
+        def save(directory: str) -> None:
+            state = accelerator.get_state_dict(model)
+            if accelerator.is_main_process:
+                plain.save_pretrained(directory, state_dict=state)
+                tokenizer.save_pretrained(directory)
 
-    save_model(output_dir, save, accelerator.is_main_process)
-    report.conclude(
-        output_dir,
-        plain,
-        decayed,
-        title=f"{model_args.model_name_or_path} fine-tuned with padam in a plain accelerate loop",
-        model_source=str(model_args.model_name_or_path),
-        before=before,
-        history=progress.history,
-        arguments=(model_args, data_args, args),
-        is_main_process=accelerator.is_main_process,
-        validation_perplexity=validation,
-        test_perplexity=test,
-        test_perplexity_before=progress.test_before,
-        **report.target(optimizer),
-        train_steps=progress.step,
-        train_tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
-        seed=args.seed,
-    )
-    accelerator.end_training()
+        save_model(output_dir, save, accelerator.is_main_process)
+        report.conclude(
+            output_dir,
+            plain,
+            decayed,
+            title=f"{model_args.model_name_or_path} fine-tuned with padam in a plain accelerate loop",
+            model_source=str(model_args.model_name_or_path),
+            before=before,
+            history=progress.history,
+            arguments=(model_args, data_args, args),
+            is_main_process=accelerator.is_main_process,
+            validation_perplexity=validation,
+            test_perplexity=test,
+            test_perplexity_before=progress.test_before,
+            **report.target(optimizer),
+            train_steps=progress.step,
+            train_tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
+            seed=args.seed,
+        )
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from transformers import default_data_collator, set_seed
 from transformers.training_args import OptimizerNames
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments, decayed_parameters
+from hf_padam.resuming.checkpoints import claimed
 from hf_padam.training.param_groups import remember_choice, remembered_choice
 
 try:
@@ -117,49 +118,52 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
     trainer.add_callback(TestBefore(trainer, splits["test"]))
-    trainer.train(resume_from_checkpoint=resume)
+    with claimed(output_dir):
+        trainer.train(resume_from_checkpoint=resume)
 
-    # 3. Test perplexities: of the base, to which adapters add nothing at first; adapted; merged; with the zeros again.
-    def test() -> float:
-        with trainer.accelerator.autocast():  # of the adapted model alone, accelerate has seen to it
-            return trainer.evaluate(splits["test"], metric_key_prefix="test")["test_perplexity"]
+        # 3. Test perplexities: of the base, to which adapters add nothing at first; adapted; merged; with zeros again.
+        def test() -> float:
+            with trainer.accelerator.autocast():  # of the adapted model alone, accelerate has seen to it
+                return trainer.evaluate(splits["test"], metric_key_prefix="test")["test_perplexity"]
 
-    found = {"test_perplexity_before": TestBefore.result(trainer), "test_perplexity_adapted": test()}
-    trainer.model = merged = adapted.merge_and_unload()
-    remember_choice(merged, **choice)
-    found["test_perplexity_merged"] = found["test_perplexity"] = test()
-    filled = zeros.filled(merged)
-    fate = f"are lost: perplexity {found['test_perplexity']:.4f}. --keep_zeros true would keep them"
-    if lora_args.keep_zeros:
-        zeros.restore(merged)
-        found["test_perplexity"] = test()
-        fate = f"are zero again: perplexity {found['test_perplexity_merged']:.4f} -> {found['test_perplexity']:.4f}"
-    with trainer.accelerator.autocast():
-        validation = trainer.evaluate(metric_key_prefix="validation")
+        found = {"test_perplexity_before": TestBefore.result(trainer), "test_perplexity_adapted": test()}
+        trainer.model = merged = adapted.merge_and_unload()
+        remember_choice(merged, **choice)
+        found["test_perplexity_merged"] = found["test_perplexity"] = test()
+        filled = zeros.filled(merged)
+        fate = f"are lost: perplexity {found['test_perplexity']:.4f}. --keep_zeros true would keep them"
+        if lora_args.keep_zeros:
+            zeros.restore(merged)
+            found["test_perplexity"] = test()
+            fate = (
+                f"are zero again: perplexity {found['test_perplexity_merged']:.4f} -> {found['test_perplexity']:.4f}"
+            )
+        with trainer.accelerator.autocast():
+            validation = trainer.evaluate(metric_key_prefix="validation")
 
-    # 4. What comes out: model and tokenizer first, the results last.
-    save_trained(trainer, output_dir)
-    report.conclude(
-        output_dir,
-        merged,
-        decayed,
-        title=f"{model_args.model_name_or_path} fine-tuned with LoRA of rank {lora_args.lora_r} and merged",
-        model_source=str(model_args.model_name_or_path),
-        before=before,
-        history=trainer.state.log_history,
-        arguments=(model_args, data_args, lora_args, args),
-        is_main_process=trainer.is_world_process_zero(),
-        validation_perplexity=validation["validation_perplexity"],
-        **found,
-        zeros_of_base=zeros.number,
-        zeros_filled_by_merging=filled,
-        train_steps=trainer.state.global_step,
-        train_tokens_per_second=timer.tokens_per_second(trainer, len(next(iter(splits["train"]))["input_ids"])),
-        seed=args.seed,
-    )
-    if trainer.is_world_process_zero():
-        print(f"Merging filled {filled:,} of the base's {zeros.number:,} zeros, which {fate}.")
-    upload(trainer, output_dir)
+        # 4. What comes out: model and tokenizer first, the results last.
+        save_trained(trainer, output_dir)
+        report.conclude(
+            output_dir,
+            merged,
+            decayed,
+            title=f"{model_args.model_name_or_path} fine-tuned with LoRA of rank {lora_args.lora_r} and merged",
+            model_source=str(model_args.model_name_or_path),
+            before=before,
+            history=trainer.state.log_history,
+            arguments=(model_args, data_args, lora_args, args),
+            is_main_process=trainer.is_world_process_zero(),
+            validation_perplexity=validation["validation_perplexity"],
+            **found,
+            zeros_of_base=zeros.number,
+            zeros_filled_by_merging=filled,
+            train_steps=trainer.state.global_step,
+            train_tokens_per_second=timer.tokens_per_second(trainer, len(next(iter(splits["train"]))["input_ids"])),
+            seed=args.seed,
+        )
+        if trainer.is_world_process_zero():
+            print(f"Merging filled {filled:,} of the base's {zeros.number:,} zeros, which {fate}.")
+        upload(trainer, output_dir)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.training_args import OptimizerNames
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
-from hf_padam.resuming.checkpoints import resolve_checkpoint
+from hf_padam.resuming.checkpoints import claimed, resolve_checkpoint
 from hf_padam.training.announcement import decay_targets, decayed_names
 
 try:
@@ -135,30 +135,31 @@ def main() -> None:
             )
     magnitudes, before = report.Magnitudes.of(model, decayed), Before(trainer)
     trainer.add_callback(before)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with claimed(output_dir):
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
-    # 3. What comes out: model and tokenizer first, the results last.
-    save_trained(trainer, output_dir)
-    history = trainer.state.log_history
-    tokens = next((row["num_tokens"] for row in reversed(history) if "num_tokens" in row), 0)  # of this process
-    report.conclude(
-        output_dir,
-        trainer.accelerator.unwrap_model(trainer.model),
-        decayed,
-        title=f"{model_args.model_name_or_path} fine-tuned with TRL's SFTTrainer and {report.optimizer_name(args)}",
-        model_source=str(model_args.model_name_or_path),
-        before=magnitudes,
-        history=history,
-        arguments=(model_args, data_args, args),
-        is_main_process=trainer.is_world_process_zero(),
-        **perplexities(trainer),
-        test_perplexity_before=before.result,
-        **report.target(trainer.optimizer),
-        train_steps=trainer.state.global_step,
-        train_tokens_per_second=tokens / timer.seconds if timer.seconds else 0.0,
-        seed=args.seed,
-    )
-    upload(trainer, output_dir)
+        # 3. What comes out: model and tokenizer first, the results last.
+        save_trained(trainer, output_dir)
+        history = trainer.state.log_history
+        tokens = next((row["num_tokens"] for row in reversed(history) if "num_tokens" in row), 0)  # of this process
+        report.conclude(
+            output_dir,
+            trainer.accelerator.unwrap_model(trainer.model),
+            decayed,
+            title=f"{model_args.model_name_or_path} fine-tuned by TRL's SFTTrainer, {report.optimizer_name(args)}",
+            model_source=str(model_args.model_name_or_path),
+            before=magnitudes,
+            history=history,
+            arguments=(model_args, data_args, args),
+            is_main_process=trainer.is_world_process_zero(),
+            **perplexities(trainer),
+            test_perplexity_before=before.result,
+            **report.target(trainer.optimizer),
+            train_steps=trainer.state.global_step,
+            train_tokens_per_second=tokens / timer.seconds if timer.seconds else 0.0,
+            seed=args.seed,
+        )
+        upload(trainer, output_dir)
 
 
 if __name__ == "__main__":

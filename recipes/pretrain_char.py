@@ -25,16 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from support import report
-from support.arguments import check_output_dir, check_resume, parse_arguments
+from support.arguments import ModelArguments, check_output_dir, check_resume, parse_arguments
 from support.characters import Blocks, TextArguments, character_tokenizer, collate_blocks, encode, load_text
 from support.errors import UsageError, reports_usage_errors
-from support.models import save_trained, upload
+from support.models import load_teacher, save_trained, upload
 from support.pictures import Magnitudes
 from support.pruning import PruningArguments, evaluate_one_shot
 from support.timing import StepTimer
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments, WeightSparsity, decayed_parameters
+from hf_padam.resuming.checkpoints import claimed
 from hf_padam.training.registration import OPTIMIZERS
 
 PRESETS = {"full": {"p_norm": 0.8, "lambda_p": 0.003}, "cpu": {"p_norm": 0.8, "lambda_p": 0.005}}
@@ -129,6 +130,8 @@ def main() -> None:
     if len(train) == 0:
         raise UsageError(f"the text that trains has {len(train_text)} characters: fewer than one --block_size")
     model = GPT2LMHeadModel(model_args.config(len(tokenizer)))
+    fetching = args.main_process_first(desc="fetching the teacher")
+    teacher = load_teacher(args.distill_from, args.distill_dtype, ModelArguments(), (model, tokenizer), fetching)
 
     # 3. The Trainer.
     timer = StepTimer()
@@ -140,6 +143,7 @@ def main() -> None:
         processing_class=tokenizer,
         data_collator=collate_blocks,
         callbacks=[timer],
+        teacher=teacher,
     )
     try:
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -150,37 +154,38 @@ def main() -> None:
     for callback in pruning_args.callbacks(trainer):
         trainer.add_callback(callback)
     before = Magnitudes.of(model, decayed)
-    trainer.train(resume_from_checkpoint=resume)
-    validation = trainer.evaluate(metric_key_prefix="validation")
+    with claimed(output_dir):
+        trainer.train(resume_from_checkpoint=resume)
+        validation = trainer.evaluate(metric_key_prefix="validation")
 
-    # 4. What comes out: the model first, the results last.
-    model.config.use_cache = True
-    save_trained(trainer, output_dir)
-    one_shot = evaluate_one_shot(trainer, pruning_args)
-    history = trainer.state.log_history
-    evaluations = [row for row in history if "eval_perplexity" in row]
-    best = min(evaluations, key=lambda row: row["eval_perplexity"], default=None)
-    report.conclude(
-        output_dir,
-        trainer.accelerator.unwrap_model(trainer.model),
-        decayed,
-        title=f"Character GPT-2 trained with {report.optimizer_name(args)}",
-        model_source=f"GPT-2, {model_args.n_layer} layers, {model_args.n_head} heads, {model_args.n_embd} wide",
-        before=before,
-        history=history,
-        arguments=(model_args, text_args, pruning_args, args),
-        is_main_process=trainer.is_world_process_zero(),
-        validation_perplexity=validation["validation_perplexity"],
-        best_validation_loss=math.log(best["eval_perplexity"]) if best else None,
-        best_validation_step=best["step"] if best else None,
-        linear_sparsity=WeightSparsity().compute(model=model, decayed=list(decayed_parameters(model)))["sparsity"],
-        one_shot=one_shot,
-        **report.target(trainer.optimizer),
-        train_steps=trainer.state.global_step,
-        train_tokens_per_second=timer.tokens_per_second(trainer, block_size),
-        seed=args.seed,
-    )
-    upload(trainer, output_dir)
+        # 4. What comes out: the model first, the results last.
+        model.config.use_cache = True
+        save_trained(trainer, output_dir)
+        one_shot = evaluate_one_shot(trainer, pruning_args)
+        history = trainer.state.log_history
+        evaluations = [row for row in history if "eval_perplexity" in row]
+        best = min(evaluations, key=lambda row: row["eval_perplexity"], default=None)
+        report.conclude(
+            output_dir,
+            trainer.accelerator.unwrap_model(trainer.model),
+            decayed,
+            title=f"Character GPT-2 trained with {report.optimizer_name(args)}",
+            model_source=f"GPT-2, {model_args.n_layer} layers, {model_args.n_head} heads, {model_args.n_embd} wide",
+            before=before,
+            history=history,
+            arguments=(model_args, text_args, pruning_args, args),
+            is_main_process=trainer.is_world_process_zero(),
+            validation_perplexity=validation["validation_perplexity"],
+            best_validation_loss=math.log(best["eval_perplexity"]) if best else None,
+            best_validation_step=best["step"] if best else None,
+            linear_sparsity=WeightSparsity().compute(model=model, decayed=list(decayed_parameters(model)))["sparsity"],
+            one_shot=one_shot,
+            **report.target(trainer.optimizer),
+            train_steps=trainer.state.global_step,
+            train_tokens_per_second=timer.tokens_per_second(trainer, block_size),
+            seed=args.seed,
+        )
+        upload(trainer, output_dir)
 
 
 if __name__ == "__main__":

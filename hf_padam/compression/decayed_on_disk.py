@@ -64,6 +64,8 @@ def skeleton(model: ModelDirectory) -> nn.Module:
         config: Any = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > len(model.stored):
+            raise ValueError(f"config.json says that there are {layers} layers, and there are fewer tensors")
         named = getattr(transformers, (config.architectures or [""])[0], None)
         with torch.device("meta"):
             if isinstance(named, type) and issubclass(named, PreTrainedModel):  # and nothing else that it has

@@ -26,6 +26,7 @@ from llamafactory.v1.plugins.trainer_plugins.optimizer import OptimizerPlugin
 from torch import nn
 
 from ..optim import PAdam, TargetSparsity
+from ..training.lost_updates import warn_of_lost_updates
 from ..training.options import has_target
 from ..training.registration import NAME, OPTIMIZERS, build_optimizer, optimizer_options
 
@@ -73,6 +74,7 @@ def make_padam(model: nn.Module, config: dict[str, Any]) -> PAdam:
             f"together: {'total_steps' if steps is None else 'the target'} is missing"
         )
     optimizer = build_optimizer(model, **checked)
+    warn_of_lost_updates(optimizer.param_groups)
     if steps is not None:
         TargetSparsity(optimizer, total_steps=steps, start=checked["target_start"], end=checked["target_end"])
     return optimizer

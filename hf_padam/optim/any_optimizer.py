@@ -8,6 +8,7 @@ the hooks that every `torch.optim.Optimizer` has.
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -230,6 +231,16 @@ def decay_scalars(values: Mapping[str, Any], step: int = 1) -> Scalars:
     return prepare(step, **options)
 
 
+def check_finite(p_norm: float) -> None:
+    """Check the p of a decay that nothing steers.
+
+    Raises:
+        ValueError: If it is -inf: all that is smaller than 1 would be pruned.
+    """
+    if p_norm == -math.inf:
+        raise ValueError("p_norm=-inf needs a target_sparsity, to which PAdam alone is steered: give a finite p_norm")
+
+
 _NO_SECOND_MOMENTS = (
     'importance="fisher" needs second moments, and {} keeps none (exp_avg_sq, of every weight, and step, of every '
     'tensor): take AdamW or one of its relatives, optim="padam", or importance="magnitude"'
@@ -237,12 +248,18 @@ _NO_SECOND_MOMENTS = (
 
 
 def _has_second_moments(param: Tensor, state: Mapping[str, Any]) -> bool:
-    """Whether there is one for every weight: not so where gradients are projected or their squares factored."""
-    return state.keys() >= {"exp_avg_sq", "step"} and state["exp_avg_sq"].shape == param.shape
+    """Whether there is one for every weight, that tells small from none.
+
+    Not so where gradients are projected, their squares factored, or these packed in 8 bits or 4 (but by `PAdam8bit`).
+    """
+    whole = state.keys() >= {"exp_avg_sq", "step"} and state["exp_avg_sq"].shape == param.shape
+    return whole and not hasattr(local_tensor(state["exp_avg_sq"]), "codes")
 
 
 def _keeps_second_moments(optimizer: Optimizer) -> bool | None:
     """Whether an optimizer's state has second moments: seen there, or on a small twin; None if neither can be had."""
+    if type(optimizer).__module__.startswith("torchao."):  # small tensors, as of the twin below, are not packed
+        return False
     states = [(param, state) for param, state in optimizer.state.items() if state and isinstance(param, Tensor)]
     if not states:
         known = inspect.signature(type(optimizer).__init__).parameters
@@ -289,6 +306,7 @@ def _check_group(group: dict[str, Any], kind: str, names: dict[int, str]) -> Non
     decay_scalars(group)
     if group["lambda_p"] == 0:
         return
+    check_finite(group["p_norm"])
     decays: list[tuple[str, Tensor]] = []
     for own_name, param in named(group):
         name = names.get(id(param)) or own_name

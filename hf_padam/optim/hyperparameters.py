@@ -146,3 +146,10 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
             f"late_decay=True and s_rate={values['s_rate']} exclude each other: s follows the weight before the step. "
             "Set one of them only"
         )
+
+
+def innermost(optimizer: Any) -> Any:
+    """Return the optimizer that takes the steps, whatever accelerate and DeepSpeed have wrapped around it."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -148,12 +148,13 @@ def unpacked(moment: Tensor) -> Tensor:
     return local.dequantize() if hasattr(local, "codes") else local
 
 
-def fisher_scale(measured: Iterable[Measured], sample: int | None = None) -> Tensor:
+def fisher_scale(measured: Iterable[Measured], sample: int | None = None, nothing: float = 1.0) -> Tensor:
     """Return mu, with which the mean of x^2 is that of w^2, over all weights that have had gradients, on all shards.
 
     Args:
         measured: From `measure`, under "fisher" with a scale of 1.
         sample: Look at about this many elements of each shard at most.
+        nothing: What to return if no weight has had a gradient.
 
     Returns:
         A 0-dim tensor on a device of theirs: for who needs it there, nothing is transferred.
@@ -163,8 +164,10 @@ def fisher_scale(measured: Iterable[Measured], sample: int | None = None) -> Ten
         sums = tensor.squares(tensor.stride(sample))
         key = tensor.weight.device, tensor.sharding
         totals[key] = totals[key] + sums if key in totals else sums
+    if not totals:
+        return torch.tensor(nothing, device="cpu")
     squared_x, squared_w = sum_totals(totals).unbind()
-    return torch.where(squared_x > 0, (squared_x / squared_w).sqrt(), 1.0)
+    return torch.where(squared_x > 0, (squared_x / squared_w).sqrt(), nothing)
 
 
 def sum_totals(totals: Mapping[tuple, Tensor]) -> Tensor:
@@ -214,10 +217,10 @@ def update_scale(optimizer: Optimizer, taken: int | None = None) -> None:
         taken = max([int(state["step"]) for state in states if state], default=0)
     if taken < YOUNG_STEPS:
         return
-    if any(taken >= _GROWTH * group.get(SCALE_STEP, 0) for group in pool):
-        measured = measure(optimizer, pool)
-        scale = float(fisher_scale(measured)) if measured else 1.0  # all frozen
-        for group in pool:
+    computed = [group.get(SCALE_STEP, 0) for group in pool]  # after so many steps; states may have been cleared since
+    if any(taken >= _GROWTH * steps or taken < steps for steps in computed):
+        scale = float(fisher_scale(measure(optimizer, pool), nothing=0.0))
+        for group in pool if scale > 0 else ():  # else all are frozen
             group |= {SCALE: scale, SCALE_STEP: taken}
 
 

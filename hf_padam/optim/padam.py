@@ -32,6 +32,7 @@ from .hyperparameters import (
 from .importance import REFERENCE, SCALE, SCALE_STATE, check_steered, needs_scale, update_scale
 from .plan import MOMENTS, Plan, Tensors, check_dense, gradients
 from .random_bits import Rounding, random_key
+from .schedules import check_moved
 from .target_options import STATE
 from .update import Scalars, initial_s, prepare
 
@@ -169,6 +170,7 @@ class PAdam(Optimizer):
         if built and exempt([*self.param_groups, param_group], self.defaults["weight_decay"])[-1]:
             param_group = param_group | {"lambda_p": 0.0}
         super().add_param_group(param_group)
+        self._keep_here(self.param_groups[-1:])
         try:
             self._check_group(self.param_groups[-1])
             if built:
@@ -176,6 +178,12 @@ class PAdam(Optimizer):
         except (ValueError, RuntimeError):
             del self.param_groups[-1]
             raise
+
+    @staticmethod
+    def _keep_here(groups: list[dict[str, Any]]) -> None:
+        """Keep learning rates that are tensors on the host, which reads them at every step."""
+        for group in groups:
+            group |= {"lr": group["lr"].cpu()} if isinstance(group["lr"], Tensor) else {}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_hyperparameters(group)
@@ -221,8 +229,8 @@ class PAdam(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: If a gradient is sparse, or a group has a target to which nothing steers it; or while a CUDA
-                graph is being captured.
+            RuntimeError: If a gradient is sparse, or a group has a target to which nothing steers it, or a p that
+                nothing moves to where it is to end; or while a CUDA graph is being captured.
         """
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("PAdam's step cannot be captured in a CUDA graph: capture forward and backward only")
@@ -236,6 +244,7 @@ class PAdam(Optimizer):
         tensors, plan = self._prepare()
         for number in {bucket.group for bucket in plan.buckets}:
             check_steered(self.param_groups[number])
+            check_moved(self, self.param_groups[number])
         update_scale(self, max([b.taken for b in plan.buckets if needs_scale(self.param_groups[b.group])], default=0))
         selected = {device: backends.select(self.backend, device, count) for device, count in plan.elements.items()}
         finished = 0
@@ -251,6 +260,9 @@ class PAdam(Optimizer):
                 finished += 1
         finally:
             plan.count(finished)
+            if finished < len(plan.buckets):  # what steers it is not told of a step that fails
+                for group in self.param_groups:
+                    group |= {REFERENCE: 0.0} if REFERENCE in group else {}
         return loss
 
     def _prepare(self) -> tuple[Tensors, Plan]:
@@ -338,6 +350,7 @@ class PAdam(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        self._keep_here(self.param_groups)
         for group, own, saved in zip(self.param_groups, before, seen["param_groups"], strict=True):
             if "p_norm" not in saved:  # another optimizer's
                 group |= {name: value for name, value in own.items() if name not in saved}

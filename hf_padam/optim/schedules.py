@@ -11,15 +11,33 @@ that have a kernel of their own (-1, 0, 1/2, 1, 3/2), if p happens to meet them 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .hyperparameters import check_not_all_zeros, is_integer, is_number, named
+from .hyperparameters import check_not_all_zeros, innermost, is_integer, is_number, named
 
 SHAPES = ("constant", "linear", "cosine")
 DEFAULT_START, DEFAULT_SHARE = 2.0, 0.5
 FINAL = "final_p_norm"
 """The key of a parameter group that remembers the p it ends with, as `initial_lr` does for learning rates."""
+
+MOVES = "_p_norm_moves"
+"""Of an optimizer: that something moves its p. A copy, or one that a state is loaded into, has to be told again."""
+
+
+def check_moved(optimizer: Any, group: Mapping[str, Any]) -> None:
+    """Check that a group whose p is not yet where it is to end is on its way there.
+
+    Raises:
+        RuntimeError: If nothing moves it.
+    """
+    final = group.get(FINAL, group["p_norm"])
+    if group["p_norm"] != final and group["lambda_p"] > 0 and float(group["lr"]) > 0 and not hasattr(optimizer, MOVES):
+        raise RuntimeError(
+            f"a parameter group is to end with p_norm={final}, and nothing moves it from {group['p_norm']}: make "
+            "PNormScheduler(optimizer, total_steps) before the first step, add PNormScheduleCallback to a Trainer, or "
+            f"delete the group's {FINAL!r}"
+        )
 
 
 def check_schedule(start: float, share: float, shape: str) -> None:
@@ -132,6 +150,7 @@ class PNormScheduler:
             raise ValueError(f"total_steps={total_steps!r} is not allowed: it must be an integer of at least 1")
         self.optimizer, self._settings = optimizer, (int(total_steps), start, share, shape)
         self.last_step = 0
+        setattr(innermost(optimizer), MOVES, True)
         self.step(0)
 
     def step(self, steps_taken: int | None = None) -> None:

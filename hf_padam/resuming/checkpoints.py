@@ -151,7 +151,7 @@ def find_defect(checkpoint: Path, state_file: str = TRAINER_STATE, checksums: bo
     if marker.is_file():
         try:
             sizes = {Path(name): int(size) for name, size in dict(json.loads(marker.read_bytes())).items()}
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
             return f"{MARKER} cannot be read ({error})"
         for name, size in sizes.items():
             file = checkpoint / name

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
+import torch
+from accelerate.utils import gather_object
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..optim import PAdam, TargetSparsity, steering_of, unwrap
-from ..optim.schedules import DEFAULT_SHARE, check_schedule, set_p_norm
+from ..optim.any_optimizer import has_pnorm_decay
+from ..optim.backends import select
+from ..optim.hyperparameters import innermost
+from ..optim.schedules import DEFAULT_SHARE, MOVES, check_schedule, set_p_norm
 from ..optim.schedules import DEFAULT_START as DEFAULT_SCHEDULE_START
 from ..optim.target_options import DEFAULT_END, DEFAULT_START, check_ramp, check_target
 from .decay_report import warn_of_strangers
@@ -88,6 +95,7 @@ class CallbackFromGroups(TargetSparsityCallback):
 
     def __init__(self) -> None:
         self._steering = None
+        self._looked = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,12 +104,20 @@ class CallbackFromGroups(TargetSparsityCallback):
 
         Tensors that start as zeros, now that a checkpoint has been loaded; and an optimizer of DeepSpeed's own.
         """
-        optimizer = innermost = unwrap(kwargs.get("optimizer"))
-        while hasattr(innermost, "optimizer"):
-            innermost = innermost.optimizer
+        optimizer, inner = unwrap(kwargs.get("optimizer")), innermost(kwargs.get("optimizer"))
         plugin, name = getattr(args, "deepspeed_plugin", None), str(getattr(args.optim, "value", args.optim))
-        if plugin is not None and name.startswith("padam") and not isinstance(innermost, PAdam):
+        if plugin is not None and name.startswith("padam") and not isinstance(inner, PAdam):
             check_deepspeed(plugin.deepspeed_config, name)
+        if not name.startswith("padam") and (options_of(args).lambda_p or 0) > 0 and not has_pnorm_decay(inner):
+            raise ValueError(
+                f"lambda_p={options_of(args).lambda_p!r} has no effect on optim={name!r} in this Trainer: take "
+                'PAdamTrainer, which adds the decay, or optim="padam"'
+            )
+        if isinstance(inner, PAdam) and args.world_size > 1:
+            if "model" in kwargs:
+                _check_replicas(kwargs["model"])
+            _agree(inner)
+        self._looked = False
         if getattr(optimizer, CHECK_LATER, False):
             optimizer.check_zero_start()
         groups = getattr(optimizer, "param_groups", [])
@@ -121,6 +137,21 @@ class CallbackFromGroups(TargetSparsityCallback):
             }
             super().on_train_begin(args, state, control, **kwargs)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say once if a run goes on that was steered, and nothing steers it now; all callbacks have begun by then."""
+        super().on_step_begin(args, state, control, **kwargs)
+        if self._looked:
+            return
+        self._looked, optimizer = True, unwrap(kwargs.get("optimizer"))
+        groups = optimizer.param_groups if isinstance(optimizer, PAdam) and steering_of(optimizer) is None else []
+        if state.is_world_process_zero and any(g.get("target_step") and not g.get("target_met") for g in groups):
+            logger.warning(
+                "The checkpoint is of a run on its way to a target, to which nothing steers this one: zeros stay, and "
+                "no more are made. Add the callback that the run had (TargetSparsityCallback), or start a new run."
+            )
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add to the training logs, for what logs them after this and for the history."""
         steering = steering_of(kwargs.get("optimizer"))
@@ -128,6 +159,28 @@ class CallbackFromGroups(TargetSparsityCallback):
             additions = steering.state()
             kwargs["logs"].update(additions)
             state.log_history[-1].update(additions)
+
+
+def _check_replicas(model: nn.Module) -> None:
+    """Refuse FSDP1's ways that keep replicas, of which its parameters do not tell."""
+    kinds = {getattr(getattr(module, "sharding_strategy", None), "name", "") for module in model.modules()}
+    if any("HYBRID" in kind or kind == "NO_SHARD" for kind in kinds):
+        raise ValueError(
+            f"FSDP1 with {', '.join(sorted(filter(None, kinds)))} keeps replicas that PAdam cannot tell from shards: "
+            "use FSDP2, FULL_SHARD, or DDP"
+        )
+
+
+def _agree(optimizer: PAdam) -> None:
+    """Have all processes run one backend: replicas whose last bits differ would end with zeros in other places."""
+    elements: Counter[torch.device] = Counter()
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            elements[param.device] += param.numel() * param.requires_grad
+    chosen = sorted({select(optimizer.backend, device, number).__name__ for device, number in elements.items()})
+    if optimizer.backend == "auto" and any(other != chosen for other in gather_object([chosen])):
+        logger.warning("PAdam runs in eager mode, which is slower: not all processes can run %s.", ", ".join(chosen))
+        optimizer.backend = "eager"
 
 
 class PNormScheduleCallback(TrainerCallback):
@@ -156,6 +209,7 @@ class PNormScheduleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set p for the step."""
+        setattr(innermost(kwargs["optimizer"]), MOVES, True)
         set_p_norm(kwargs["optimizer"].param_groups, state.global_step, state.max_steps, *self._schedule(args))
 
     def _schedule(self, args: TrainingArguments) -> tuple[float, float, str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..optim import unwrap
 from ..optim.exemptions import CHOSEN
+from ..optim.hyperparameters import is_number
 from .linear_maps import WholeShapes, embedding_weights, linear_matrices
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ def warn_of_strangers(model: nn.Module, optimizer: Any) -> None:
 def _decaying_groups(optimizer: Any) -> list[dict[str, Any]]:
     groups = getattr(unwrap(optimizer), "param_groups", [])
     # Of a group that is steered to a target sparsity lambda_p is a result.
-    return [group for group in groups if group.get("lambda_p", 0) > 0 or "target_step" in group]
+    ours = [group for group in groups if "p_norm" in group and is_number(group.get("lambda_p"))]
+    return [group for group in ours if group["lambda_p"] > 0 or "target_step" in group]
 
 
 def _kind(name: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sparsity import TensorCount, count_model_zeros, summarize
-from .param_groups import decayed_parameters
+from .param_groups import decayed_parameters, remembered_choice
 
 IGNORED = -100
 """The label of what is not predicted."""
@@ -142,14 +142,16 @@ class WeightSparsity(evaluate.Measurement):
 
         Args:
             model: Counted whole: frozen parameters included, tied ones once.
-            decayed: Names of its decayed weights; what `hf_padam.decayed_parameters` returns for it by default.
+            decayed: Names of its decayed weights; by default those that its config says decayed, or would.
             kwargs: ``data``, in place of a model.
 
         Returns:
             Shares, in [0, 1] or None, and counts of weights; see the class.
         """
         if model is not None:
-            return summarize(count_model_zeros(model, decayed_parameters(model) if decayed is None else decayed))
+            if decayed is None:
+                decayed = decayed_parameters(model, **remembered_choice(getattr(model, "config", None)))
+            return summarize(count_model_zeros(model, decayed))
         return super().compute(**kwargs)
 
     def _compute(self, data: list[dict[str, Any]]) -> dict[str, float | int | None]:

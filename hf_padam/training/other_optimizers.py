@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..optim import add_pnorm_decay
-from ..optim.any_optimizer import decay_scalars, has_pnorm_decay
+from ..optim.any_optimizer import check_finite, decay_scalars, has_pnorm_decay
 from ..optim.schedules import FINAL
 from .options import OPTIONS, PAPER, options_of
 from .param_groups import get_param_groups
@@ -63,6 +63,7 @@ def check_decay_options(args: Any) -> None:
                 )
         return
     decay_scalars(decay_of(args) | {"lr": args.learning_rate})
+    check_finite(decay_of(args)["p_norm"])
     why = None
     if name in ("lomo", "adalomo") or name.endswith("_layerwise"):
         why = "it updates each layer during the backward pass, not in a step that a decay could follow"

@@ -21,5 +21,9 @@ class _Registers:
 
 
 def register_in_children() -> None:
-    """Make every process that this one spawns import this package."""
+    """Make every process that this one spawns import this package; and every Trainer say what decays."""
+    from .announcement import DecayAnnouncement
+    from .registration import add_callback_to_every_trainer
+
+    add_callback_to_every_trainer(DecayAnnouncement)
     spawn.get_preparation_data = lambda name: {**_get_preparation_data(name), "hf_padam": _Registers()}

@@ -165,6 +165,8 @@ def parse_arguments(description: str, *dataclass_types: Any, argv: Sequence[str]
         raise UsageError(str(error)) from error
     for arguments in parsed:
         _check_values(arguments)
+        if getattr(arguments, "push_to_hub", False) and arguments.hub_private_repo is None:
+            arguments.hub_private_repo = True
     return parsed
 
 

@@ -68,10 +68,10 @@ def prune_by_fisher(params: Iterable[Tensor], optimizer: Any, share: float) -> N
     for param in params:
         state = optimizer.state.get(param, {})
         if "exp_avg_sq" not in state:
-            second_moment = torch.zeros_like(param)
+            second_moment = torch.zeros_like(param, dtype=torch.float32)
         else:
-            second_moment = state["exp_avg_sq"] / (1 - beta2[id(param)] ** float(state["step"]))
-        score = param.abs() * second_moment.sqrt()
+            second_moment = state["exp_avg_sq"].float() / (1 - beta2[id(param)] ** float(state["step"]))
+        score = param.abs().float() * second_moment.sqrt()  # 16 bits would have ties
         scores.append(score.masked_fill_((second_moment == 0) & (param != 0), torch.inf))
     known = sum(int(score.isfinite().sum()) for score in scores)
     missing = round(share * sum(param.numel() for param in params)) - known

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.optim import Optimizer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_padam.optim.schedules import check_schedule
 from hf_padam.resuming.checkpoints import (
@@ -90,6 +91,8 @@ def make_distillation(
     """
     if args.distill_from is None:
         return None
+    if is_deepspeed_zero3_enabled():
+        raise UsageError(f"--distill_from {args.distill_from} under ZeRO-3, which shards the teacher too: use FSDP2")
     options: Any = dict(dtype=args.distill_dtype, device=accelerator.device, autocast=accelerator.autocast)
     try:
         shifts_labels(model)

@@ -138,6 +138,10 @@ class PruningArguments:
         model: Any = trainer.model
         params = dict(model.named_parameters())
         tensors = [params[name] for name in trainer.decayed_names()]
+        if self.one_shot and {"wanda", "sparsegpt"} & set(self.one_shot_by or ()) and any(t.ndim > 2 for t in tensors):
+            raise UsageError(
+                "--one_shot_by wanda and sparsegpt prune linear layers, and leave experts' stacks: not these"
+            )
         callbacks: list[TrainerCallback] = []
         if self.prune_to:
             callbacks.append(self._pruning(trainer, tensors))

@@ -93,6 +93,15 @@ def test_an_upload_makes_a_private_repository_unless_told_otherwise(options, pri
     assert uploaded["repo_id"] == "me/sparse" and uploaded["folder_path"] == str(out) and uploaded["revision"] is None
 
 
+def test_the_revision_of_an_upload_from_here_is_its_branch(models, tmp_path):
+    with mock.patch("huggingface_hub.HfApi") as api:
+        api.return_value.create_repo.return_value.repo_id = "me/sparse"
+        options = ["--push_to_hub", "sparse", "--revision", "pruned"]
+        main(["compress", str(models / "dense"), str(tmp_path / "out"), *options])
+    api.return_value.create_branch.assert_called_once_with("me/sparse", branch="pruned", exist_ok=True)
+    assert api.return_value.upload_folder.call_args.kwargs["revision"] == "pruned"
+
+
 def test_nothing_is_uploaded_unless_asked_for(models, tmp_path):
     with mock.patch("huggingface_hub.HfApi") as api:
         main(["compress", str(models / "dense"), str(tmp_path / "out"), "--no-private"])

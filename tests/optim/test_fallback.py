@@ -198,6 +198,24 @@ def test_memory_that_lacks_for_a_while_disables_triton_for_as_long(error, monkey
     assert backends.select("auto", cuda, LARGE).backend is triton
 
 
+def test_memory_that_lacks_for_a_while_is_no_reason_to_give_up_compiling(monkeypatch, caplog):
+    from hf_padam.optim.backends import inductor
+
+    build = inductor.compile_over_rows
+    answers = [fail(MemoryError()), fail(OSError(errno.ENOMEM, "Cannot allocate memory"))]
+    monkeypatch.setattr(inductor, "compile_over_rows", lambda *args: (answers.pop(0) if answers else build)(*args))
+    for kept in (compiled.unavailable, compiled._kernel):
+        kept.cache_clear()
+    cpu = torch.device("cpu")
+    assert backends.select("auto", cpu, LARGE) is eager and "tried again" in caplog.text
+    compiled_or_eager = backends._OR_EAGER["compiled"]
+    tensors = [[torch.ones(64)] for _ in range(4)]
+    options = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, p_norm=0.8, lambda_p=0.1, weight_decay=0.0)
+    compiled_or_eager.step(*tensors, prepare(1, **options))
+    assert not answers and tensors[0][0][0] != 1, "the second lack of memory: eager took that step"
+    assert backends.select("auto", cpu, LARGE).backend is compiled
+
+
 @pytest.mark.parametrize(
     ("wrong", "case"),
     [

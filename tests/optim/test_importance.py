@@ -399,3 +399,35 @@ def test_the_scale_is_known_though_the_first_parameter_is_younger_than_the_other
             optimizer.step()
         means.append(weight.detach().abs().mean())
     torch.testing.assert_close(*means, rtol=0.01, atol=0)
+
+
+def test_while_nothing_is_known_no_scale_is_recorded_and_cleared_states_have_a_new_one():
+    weight = nn.Parameter(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) * 0.05)
+    optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0)
+    add_pnorm_decay(optimizer, p_norm=0.5, lambda_p=1e-3, importance="fisher")
+    (group,) = optimizer.param_groups
+    for step in range(30):
+        frozen = 10 <= step < 15  # just when the scale would be computed
+        weight.requires_grad_(not frozen)
+        weight.grad = None if frozen else noisy(step, torch.ones(SHAPE)) * 1e-5
+        optimizer.step()
+        assert group["importance_step"] == 0 if step < 15 else group["importance_scale"] < 1e-3
+    assert (weight == 0).float().mean() < 0.5
+    optimizer.state.clear()
+    for step in range(12):
+        weight.grad = noisy(step, torch.ones(SHAPE)) * 1e3
+        optimizer.step()
+    assert group["importance_scale"] > 1 and group["importance_step"] in range(10, 12)
+
+
+@pytest.mark.parametrize("name", ["AdamW4bit", "AdamW8bit"])
+def test_moments_in_which_small_and_none_are_one_are_refused(name):
+    optimizer = getattr(pytest.importorskip("torchao.optim"), name)([nn.Parameter(torch.ones(64, 64))])
+    with pytest.raises(ValueError, match=f"needs second moments, and {name}"):
+        add_pnorm_decay(optimizer, p_norm=0.5, lambda_p=1e-3, importance="fisher")
+
+
+def test_what_nothing_steers_cannot_prune():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(4, 4))])
+    with pytest.raises(ValueError, match="p_norm=-inf needs a target_sparsity, to which PAdam alone is steered"):
+        add_pnorm_decay(optimizer, p_norm=-math.inf, lambda_p=0.1)

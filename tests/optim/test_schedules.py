@@ -220,3 +220,34 @@ def test_a_schedule_cannot_move_p_to_minus_infinity():
     optimizer = PAdam([torch.nn.Parameter(torch.ones(4, 4))], p_norm=-math.inf)
     with pytest.raises(ValueError, match="p_norm=-inf is not where a schedule can move to"):
         PNormScheduler(optimizer, total_steps=10)
+
+
+@pytest.mark.parametrize("lost", ["never made", "copied", "in a Trainer"])
+def test_a_p_that_nothing_moves_is_an_error(lost, tmp_path):
+    model = tiny_llama()
+    optimizer = PAdam(get_param_groups(model, p_norm_start=2.0), lr=1e-3)
+    if lost == "in a Trainer":
+        trainer = Trainer(
+            model,
+            TrainingArguments(**options(tmp_path, optim_args=None)),
+            None,
+            blocks(),
+            optimizers=(optimizer, None),
+        )
+        with pytest.raises(RuntimeError, match="add PNormScheduleCallback to a Trainer"):
+            trainer.train()
+        trainer.add_callback(PNormScheduleCallback)
+        trainer.train()
+        return
+    if lost == "copied":
+        PNormScheduler(optimizer, 10)
+        model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+        optimizer.step()
+        other = PAdam(get_param_groups(model, p_norm_start=2.0), lr=1e-3)
+        other.load_state_dict(optimizer.state_dict())
+        optimizer = other
+    model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+    with pytest.raises(RuntimeError, match="is to end with p_norm=0.8, and nothing moves it from 2.0: make PNorm"):
+        optimizer.step()
+    PNormScheduler(optimizer, 10)
+    optimizer.step()

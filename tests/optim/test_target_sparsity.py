@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -629,3 +631,35 @@ def test_named_modules_stay_dense(tmp_path):
 def test_bad_arguments_are_refused_before_anything_is_loaded(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         training_arguments(PAdamTrainingArguments, tmp_path, **options)
+
+
+def test_a_step_that_fails_in_the_ramp_leaves_no_decay_behind(monkeypatch):
+    weight = nn.Parameter(torch.linspace(0.1, 1.0, 100))
+    optimizer = PAdam([weight], lr=1e-2, p_norm=0.5, backend="eager")
+    TargetSparsity(optimizer, 0.5, 20)
+    for step in range(8):
+        weight.grad = torch.ones(100)
+        with contextlib.nullcontext() if step < 7 else pytest.raises(MemoryError), monkeypatch.context() as patched:
+            if step == 7:
+                patched.setattr("hf_padam.optim.backends.eager.update_", mock.Mock(side_effect=MemoryError))
+            optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["reference"] == 0.0
+
+
+def test_a_target_that_cannot_be_met_is_not_called_met_and_said_once(monkeypatch, caplog):
+    monkeypatch.setattr("hf_padam.optim.target_sparsity.zero_smallest_", lambda *args, **options: 0.0)
+    weight = nn.Parameter(torch.linspace(0.1, 1.0, 100))
+    optimizer = PAdam([weight], lr=1e-9, p_norm=0.5)
+    steering = TargetSparsity(optimizer, 0.5, 20)
+    for _ in range(20):
+        weight.grad = torch.ones(100)
+        optimizer.step()
+    assert not steering.met and caplog.text.count("target_sparsity=0.5 is not met") == 1
+
+
+def test_a_run_that_was_steered_and_is_not_any_more_says_so(tmp_path, caplog):
+    settings = dict(optim="padam", max_steps=8, save_steps=4)
+    for callbacks, resume in (([TargetSparsityCallback(0.5)], None), ([], str(tmp_path / "checkpoint-4"))):
+        args = training_arguments(TrainingArguments, tmp_path, **settings)
+        Trainer(tiny_llama(), args, train_dataset=blocks(), callbacks=callbacks).train(resume_from_checkpoint=resume)
+        assert ("of a run on its way to a target" in caplog.text) == (not callbacks)

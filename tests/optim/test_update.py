@@ -92,12 +92,11 @@ def test_trajectory_matches_the_oracle(backend, variant, p_norm):
     param = torch.nn.Parameter(start.clone())
     options = dict(lr=3e-3, p_norm=p_norm, lambda_p=0.1, weight_decay=0.1, **VARIANTS[variant])
     optimizer, oracle = PAdam([param], backend=backend, **options), Oracle(start.double().numpy(), **options, **fisher)
-    if fisher:
-        optimizer.param_groups[0] |= {"importance_scale": 0.7, "importance_step": 10**9}
     for step in range(25):
         optimizer.param_groups[0]["lr"] = oracle.lr = 0.0 if step % 12 == 0 else 3e-3  # as schedules begin and end
         param.grad = torch.randn(7, 9, generator=generator)
         if fisher:
+            optimizer.param_groups[0] |= {"importance_scale": 0.7, "importance_step": step}
             param.grad[0] = 0
             param.grad[1] *= step > 12
         optimizer.step()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import REPOSITORY, character_tokenizer, tiny_llama
 from processes import run_recipe
+from support import loop
+from support.errors import UsageError
 from test_bad_inputs import complain as complain  # a fixture
 from test_recipes import RECIPES, write_config
 from tokenizers import Tokenizer, models
@@ -105,3 +107,10 @@ def test_a_teacher_that_cannot_be_is_one_message(complain, tmp_path, script, cha
     if script == RECIPES[1]:
         changes = changes | {"use_cpu": None}
     assert re.search(message, complain(script=str(REPOSITORY / "recipes" / script), **changes), re.DOTALL)
+
+
+def test_the_loop_refuses_a_teacher_that_zero3_would_shard(monkeypatch):
+    monkeypatch.setattr(loop, "is_deepspeed_zero3_enabled", lambda: True)
+    args = loop.LoopArguments(output_dir="out", distill_from="start")
+    with pytest.raises(UsageError, match="--distill_from start under ZeRO-3"):
+        loop.make_distillation(args, tiny_llama(), None, None, None)

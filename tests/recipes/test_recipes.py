@@ -22,6 +22,7 @@ from support.report import RESULT_KEYS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_padam import PAdamTrainingArguments, decayed_parameters
+from hf_padam.files import locked
 
 RECIPES = ("finetune_clm.py", "finetune_clm_no_trainer.py")
 SETTINGS = {
@@ -319,3 +320,21 @@ def test_the_recipe_runs_on_a_gpu(tmp_path, model_dir, text_file):
     config = write_config(tmp_path, model_name_or_path=model_dir, train_file=text_file, output_dir=tmp_path / "out")
     result = run_recipe("finetune_clm.py", config, CUDA_VISIBLE_DEVICES="0")
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_uploads_are_private_unless_said_otherwise():
+    for more, private in ((["--push_to_hub", "true"], True), ([], None), (["--hub_private_repo", "false"], False)):
+        argv = ["--push_to_hub", "true"] if private is False else []
+        (args,) = parse_arguments("", PAdamTrainingArguments, argv=["--output_dir", "out", *argv, *more])
+        assert args.hub_private_repo is private
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_second_run_into_the_same_directory_is_told(tmp_path, model_dir, text_file, recipe):
+    out = tmp_path / "out"
+    out.mkdir()
+    config = write_config(tmp_path, model_name_or_path=model_dir, train_file=text_file, output_dir=out, max_steps=2)
+    with locked(out):
+        result = run_recipe(recipe, config)
+    assert result.returncode == 1 and "another process is writing there" in result.stderr, result.stderr[-2000:]
+    assert not any(out.iterdir())

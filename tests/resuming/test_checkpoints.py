@@ -367,7 +367,9 @@ def test_what_says_where_a_checkpoint_of_ours_is_may_be_damaged_too(harm, tmp_pa
         assert is_whole(tmp_path / f"checkpoint-{step}")
 
 
-@pytest.mark.parametrize("text", ["[[1, 2]]", '{"optimizer.pt": "large"}', '{"optimizer.pt": null}', "3"])
+@pytest.mark.parametrize(
+    "text", ["[[1, 2]]", '{"optimizer.pt": Infinity}', '{"optimizer.pt": "large"}', '{"optimizer.pt": null}', "3"]
+)
 def test_a_marker_of_another_shape_is_damage(text, tmp_path):
     saved(tmp_path)
     (tmp_path / "checkpoint-4" / "hf_padam_complete.json").write_text(text)

@@ -217,3 +217,19 @@ def test_names_that_a_wrapper_has_changed_are_the_same_weights(tmp_path):
     assert trainer._settings()["decayed_weights"] == plain
     trainer.model = torch.compile(trainer.model)
     assert trainer._settings()["decayed_weights"] == plain
+
+
+@pytest.mark.parametrize("keys", [{"lambda_p": None}, {"lambda_p": 3.0}, {"target_step": 4}])
+def test_keys_of_somebody_elses_optimizer_say_nothing(keys, tmp_path, caplog):
+    model = tiny_llama()
+    optimizer = torch.optim.SGD([{"params": model.parameters(), **keys}], lr=1e-3)
+    trainer = padam_trainer(tmp_path, model, (optimizer, None), optim="sgd")
+    trainer.train()
+    assert not caplog.text and trainer.evaluate()["eval_sparsity"] == 0
+
+
+def test_the_measurement_counts_what_the_config_says_decayed():
+    model = tiny_llama()
+    model.config.padam_decays = {"dense_modules": ["q_proj"]}
+    expected = sum(param.numel() for name, param in decayed_parameters(model).items() if "q_proj" not in name)
+    assert WeightSparsity().compute(model=model)["decayed_parameters"] == expected

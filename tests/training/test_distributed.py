@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 
 import pytest
+import torch
+from conftest import tiny_llama
 from processes import job
+from torch import nn
+from torch.distributed.fsdp import ShardingStrategy
+
+from hf_padam import PAdam
+from hf_padam.training import callbacks
 
 
 def test_two_processes_train_and_evaluate_like_one(tmp_path):
@@ -44,3 +52,20 @@ def test_sharded_8_bit_training_equals_unsharded_training_and_can_be_resumed(tmp
     result = job(2, "training/distributed.py", "eight_bit", tmp_path)
     assert result["packed"] == [True, False]
     assert result["difference"] < 1e-5
+
+
+def test_processes_that_cannot_run_the_same_backend_run_eagerly(monkeypatch, caplog):
+    optimizer = PAdam([nn.Parameter(torch.ones(2, 2))])
+    for others in (["hf_padam.optim.backends.eager"], ["hf_padam.optim.backends.compiled"]):
+        monkeypatch.setattr("hf_padam.training.callbacks.gather_object", lambda own, others=others: [*own, others])
+        callbacks._agree(optimizer)
+        assert optimizer.backend == ("auto" if "eager" in others[0] else "eager")
+    assert "not all processes can run" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["HYBRID_SHARD", "NO_SHARD", "FULL_SHARD"])
+def test_replicas_that_cannot_be_told_from_shards_are_refused(kind):
+    model = tiny_llama()
+    model.sharding_strategy = ShardingStrategy[kind]
+    with contextlib.nullcontext() if kind == "FULL_SHARD" else pytest.raises(ValueError, match=f"FSDP1 with {kind}"):
+        callbacks._check_replicas(model)

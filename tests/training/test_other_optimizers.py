@@ -172,3 +172,14 @@ def test_padam_that_deepspeed_has_replaced_is_missed_in_any_trainer(tmp_path):
         wrapped = SimpleNamespace(optimizer=SimpleNamespace(optimizer=inner))  # as accelerate and ZeRO do
         with pytest.raises(ValueError, match="in place of padam") if refused else contextlib.nullcontext():
             CallbackFromGroups().on_train_begin(args, TrainerState(), TrainerControl(), optimizer=wrapped)
+
+
+def test_the_plain_trainer_says_that_it_adds_no_decay(tmp_path):
+    with pytest.raises(ValueError, match="lambda_p=0.3 has no effect on optim='adamw_torch' in this Trainer"):
+        Trainer(tiny_llama(), arguments(tmp_path), train_dataset=blocks()).train()
+    Trainer(tiny_llama(), arguments(tmp_path, lambda_p=0.0, p_norm=None), train_dataset=blocks()).train()
+
+
+def test_another_optimizer_cannot_prune(tmp_path):
+    with pytest.raises(ValueError, match="p_norm=-inf needs a target_sparsity"):
+        arguments(tmp_path, p_norm="-inf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -37,8 +38,11 @@ THOROUGH = (
     Case(4096, torch.bfloat16, torch.bfloat16, True, {"p_norm": 0.8}),
     Case(4096, torch.bfloat16, torch.float32, True, {"p_norm": -1.0, "importance": "fisher"}),
     Case(3001, options={"p_norm": -8.0, "importance": "fisher"}),
+    Case(3001, options={"p_norm": -math.inf, "importance": "fisher", "reference": 0.1}),
+    Case(4096, options={"p_norm": -math.inf, "reference": 0.0}),
 )
-"""Every storage, both importances, `s`; tensors that are read in whole vectors and others."""
+"""Storages, both importances, `s`, what `target_sparsity` does by default; tensors that are read in whole vectors and
+others."""
 
 
 def disagreement(step: Callable[..., object], device: torch.device, cases: Iterable[Case] = THOROUGH) -> str | None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..random_bits import Rounding, random_bits
 from ..update import Form, Scalars, exact_power, update_
-from .checks import PLAIN, KernelError, disagreement, summary
+from .checks import PLAIN, KernelError, disagreement, lacks_memory, summary
 from .fast_power import LARGEST_EXPONENT, PARTS, SMALLEST_EXPONENT, fast_power, split_exponent
 
 _ROW_BYTES = 64
@@ -45,10 +45,10 @@ def unavailable(device: torch.device) -> str | None:
         return "the C headers of Python were not found: install python3-dev (or your system's name for it)"
     try:
         return disagreement(step, device, [PLAIN])
-    except KernelError as error:
-        return str(error)
     except Exception as error:  # whatever loading or running it raises: the reason to use another backend
-        return f"its kernel does not run ({summary(error)})"
+        if lacks_memory(error.__cause__ or error):
+            raise (error.__cause__ or error) from None
+        return str(error) if isinstance(error, KernelError) else f"its kernel does not run ({summary(error)})"
 
 
 def step(
@@ -76,8 +76,11 @@ def step(
     if form in (Form.BELOW_TWO, Form.ABOVE_TWO) or s:
         if arithmetic == torch.float32 and SMALLEST_EXPONENT <= scalars.exponent <= LARGEST_EXPONENT:
             parts, squares = split_exponent(scalars.exponent)
-    with _BUILDING:
-        kernel = _kernel(form, scalars.late_decay, scalars.fisher, squares, rounding is not None, *dtypes)
+    try:
+        with _BUILDING:
+            kernel = _kernel(form, scalars.late_decay, scalars.fisher, squares, rounding is not None, *dtypes)
+    except Exception as error:  # there was no memory, which will be tried again
+        raise KernelError(summary(error)) from error
     if isinstance(kernel, str):
         raise KernelError(kernel)
     rate = [scalars.s_rate] if s else []
@@ -202,4 +205,6 @@ def _kernel(
     try:
         return inductor.compile_over_rows(take_step, dtypes, row, values, *keys)
     except Exception as error:  # of a compiler, a linker, a full or read-only disk
+        if lacks_memory(error):
+            raise
         return f"a kernel for {form.name}, {', '.join(map(str, dtypes))} cannot be built ({summary(error)})"

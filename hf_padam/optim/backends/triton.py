@@ -57,8 +57,8 @@ def unavailable(device: torch.device) -> str | None:
     try:
         return disagreement(step, device)
     except Exception as error:  # whatever a compiler or driver raises: the reason to use another backend
-        if lacks_memory(error):
-            raise
+        if lacks_memory(error.__cause__ or error):
+            raise (error.__cause__ or error) from None
         return f"its kernel does not run there ({summary(error)})"
 
 
@@ -140,8 +140,6 @@ def _building() -> Iterator[None]:
     try:
         yield
     except (TritonError, OSError, subprocess.CalledProcessError) as error:  # of the compiler, of the disk, of a linker
-        if lacks_memory(error):
-            raise
         raise KernelError(f"a kernel cannot be built ({summary(error)})") from error
 
 
