@@ -28,7 +28,7 @@ from .hyperparameters import (
     named,
     plain,
 )
-from .importance import SCALE, SCALE_STATE, unpacked, update_scale
+from .importance import SCALE, SCALE_STATE, needs_scale, unpacked, update_scale
 from .padam import PAdam, unwrap
 from .plan import gradients
 from .update import FLUSH_THRESHOLD, YOUNG_STEPS, Form, Scalars, inverse_factor, prepare
@@ -137,6 +137,8 @@ class _PNormDecay:
         self._groups = len(optimizer.param_groups)
         self._kept: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
         self._before_loading: list[dict[str, Any]] = []
+        self._taken: dict[int, tuple[Any, int]] = {}  # steps of the parameters under "fisher", and what said so
+        self._skips = False
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         optimizer.register_load_state_dict_pre_hook(self._remember)
@@ -149,9 +151,11 @@ class _PNormDecay:
         self._kept = []
         self._adopt_new_groups(optimizer)
         found_inf = getattr(optimizer, "found_inf", None)  # GradScaler leaves it to fused optimizers to skip the step
-        if found_inf is not None and bool(found_inf):
+        self._skips = found_inf is not None and bool(found_inf)
+        if self._skips:
             return
-        update_scale(optimizer)
+        states = [(p, optimizer.state.get(p)) for g in optimizer.param_groups if needs_scale(g) for p in g["params"]]
+        update_scale(optimizer, max([self._steps(param, state) for param, state in states if state], default=0))
         closure = _closure(args, kwargs)
         for group in optimizer.param_groups:
             decays = decay_scalars(group, YOUNG_STEPS + 1).form is not Form.NONE
@@ -163,10 +167,26 @@ class _PNormDecay:
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         closure = _closure(args, kwargs)
+        for group in optimizer.param_groups if not self._skips else ():
+            for param in group["params"] if group["importance"] == "fisher" else ():
+                if param.grad is not None and "step" in optimizer.state[param]:
+                    self._steps(param, optimizer.state[param], more=1)
         while self._kept:
             param, before, group = self._kept.pop()
             if not closure or _has_gradient(param):
-                _decay_(param, before, group, optimizer.state[param])
+                state = optimizer.state[param]
+                _decay_(param, before, group, state, self._steps(param, state) if "step" in state else 0)
+
+    def _steps(self, param: Tensor, state: Mapping[str, Any], more: int = 0) -> int:
+        """Return how many steps a parameter has taken, of which so many are new to this.
+
+        A fused optimizer counts them on the device, for which the host would wait: it is asked for the first only.
+        """
+        seen, number = self._taken.get(id(param), (None, 0))
+        known = seen is state["step"] and isinstance(seen, Tensor)
+        number = number + more if known else int(state["step"])
+        self._taken[id(param)] = state["step"], number
+        return number
 
     def _adopt_new_groups(self, optimizer: Optimizer) -> None:
         """Complete and check the groups that were added since the last step."""
@@ -187,15 +207,15 @@ class _PNormDecay:
                 group.setdefault(name, value)
 
 
-def _decay_(param: Tensor, before: Tensor, group: dict[str, Any], state: Mapping[str, Any]) -> None:
-    """Shrink a parameter by the factor of what it was before the step, in place."""
+def _decay_(param: Tensor, before: Tensor, group: dict[str, Any], state: Mapping[str, Any], step: int) -> None:
+    """Shrink a parameter by the factor of what it was before its step of this number, in place."""
     weight = local_tensor(param)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if group["importance"] == "fisher":
         if not _has_second_moments(param, state):
             raise ValueError(_NO_SECOND_MOMENTS.format("this optimizer"))
         second = unpacked(state["exp_avg_sq"]).to(dtype)
-        scalars = decay_scalars(group, int(state["step"]))
+        scalars = decay_scalars(group, step)
         # As in `update_`, but for the second moment of before the step, which nothing has kept.
         latest = [0.25 * grad.to(dtype).square() for grad in gradients([param]) if grad is not None]
         latest += [unpacked(state["exp_avg"]).to(dtype).square()] if "exp_avg" in state else []

@@ -200,7 +200,7 @@ def check_steered(group: Mapping[str, Any]) -> None:
         )
 
 
-def update_scale(optimizer: Optimizer, taken: int | None = None) -> None:
+def update_scale(optimizer: Optimizer, taken: int) -> None:
     """Compute mu of the groups under "fisher" that nothing steers, if it is time to; to be called before a step.
 
     Since all processes, and a resumed run, have the same weights and moments after the same steps, they have the same
@@ -208,13 +208,10 @@ def update_scale(optimizer: Optimizer, taken: int | None = None) -> None:
 
     Args:
         optimizer: See `measure`.
-        taken: How many steps these groups have taken, the oldest of their parameters; by default states are asked.
+        taken: How many steps these groups have taken, the oldest of their parameters.
     """
     pool = [group for group in optimizer.param_groups if needs_scale(group)]
     _check_whole(optimizer, pool)
-    if taken is None:
-        states = (optimizer.state.get(param) for group in pool for param in group["params"])
-        taken = max([int(state["step"]) for state in states if state], default=0)
     if taken < YOUNG_STEPS:
         return
     computed = [group.get(SCALE_STEP, 0) for group in pool]  # after so many steps; states may have been cleared since

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from hf_padam import PAdam, PAdam8bit, add_pnorm_decay, decayed_parameters
+from hf_padam.optim import any_optimizer
 
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="runs where torchao is installed"
@@ -359,3 +360,26 @@ def test_sharded_weights_decay_like_whole_ones():
     result = job(2, "training/distributed.py", "added_decay")
     assert result["difference"] < 1e-6 and result["is_sharded"]
     assert result["zeros"][0] == result["zeros"][1] > 0
+
+
+def test_steps_that_a_fused_optimizer_counts_on_the_device_are_read_once(monkeypatch):
+    reads = []
+
+    def counted(value):
+        reads.append(value) if isinstance(value, torch.Tensor) else None
+        return int(value)
+
+    monkeypatch.setattr(any_optimizer, "int", counted, raising=False)
+    weights = [nn.Parameter(torch.linspace(0.1, 1.0, 64).view(8, 8)) for _ in range(3)]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, fused=True)
+    add_pnorm_decay(optimizer, p_norm=0.5, lambda_p=1e-3, importance="fisher")
+    for step in range(25):
+        for i, weight in enumerate(weights):
+            grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
+            weight.grad = None if i == 2 and step % 2 else grad  # which has taken half as many
+        optimizer.step()
+    assert len(reads) == 3
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.step()
+    assert len(reads) == 6
+    assert optimizer.param_groups[0]["importance_step"] in range(20, 26)

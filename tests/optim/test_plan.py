@@ -298,7 +298,7 @@ def on_device(**options):
     """A tensor each in two groups, with gradients, and an optimizer."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(8, 8, generator=generator).as_subclass(OnDevice)) for _ in range(2)]
-    optimizer = PAdam([{"params": [param]} for param in params], lr=1e-2, p_norm=0.5, **options)
+    optimizer = PAdam([{"params": [param]} for param in params], **{"lr": 1e-2, "p_norm": 0.5} | options)
     assert type(params[0].detach() * 2) is OnDevice
     return params, optimizer
 
@@ -325,7 +325,16 @@ def no_launch(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize(
-    "options", [{}, {"late_decay": True}, {"s_rate": 0.5}, {"bf16_stochastic_round": True}, {"weight_decay": 0.1}]
+    "options",
+    [
+        {},
+        {"late_decay": True},
+        {"s_rate": 0.5},
+        {"bf16_stochastic_round": True},
+        {"weight_decay": 0.1},
+        {"importance": "fisher"},
+        {"lr": torch.tensor(1e-2)},
+    ],
 )
 def test_a_step_does_not_wait_for_the_device(backend, options, monkeypatch):
     if backend == "triton":
