@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,10 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..resuming.weight_names import UnknownNamesError, names_in_memory
-from ..training.param_groups import decayed_parameters, remembered_choice
+from ..training.param_groups import decayed_parameters, input_dim, remembered_choice
 from .model_directory import ModelDirectory
 
 
@@ -23,7 +23,7 @@ class DecayedOnDisk:
 
     decayed: set[str] | None  # those that decayed, as the config says, or by default; None where that is not known
     parameters: set[str]  # those that are parameters, each tied one once; all where that is not known
-    along_rows: set[str]  # matrices whose input is their rows
+    along_rows: set[str]  # matrices, and stacks of such, whose input is their rows
     source: str  # how this was found, in words
 
     @classmethod
@@ -41,11 +41,16 @@ class DecayedOnDisk:
         except Exception as error:  # an unknown class, code of its own that is not run here, other names
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             return cls(None, set(shapes), set(), f"which weights decay is not known: {reason}")
-        conv1d = {f"{name}.weight" for name, module in named.named_modules() if isinstance(module, Conv1D)}
+
+        def along_rows(name: str, in_memory: str) -> bool:
+            with suppress(ValueError):  # it is not known of this kind of module
+                return len(shapes[name]) == named.get_parameter(in_memory).ndim and input_dim(named, in_memory) == -2
+            return False
+
         return cls(
             {name for name, params in homes.items() if names & set(params)},
             {name for name, params in homes.items() if params},
-            {name for name, params in homes.items() if conv1d & set(params)},
+            {name for name, params in homes.items() if any(along_rows(name, param) for param in params)},
             f"decayed: what {'decayed in training' if choice else 'decays by default'} in {type(named).__name__}",
         )
 

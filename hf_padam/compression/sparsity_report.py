@@ -69,8 +69,11 @@ class SparsityReport:
         def jobs() -> Iterator[tuple[Any, ...]]:
             for stored in model.stored:
                 info, read = model.reader(stored)
+                name, along_rows = info.name, info.name in on_disk.along_rows
+                stacked = len(info.shape) == 3 and name in (on_disk.decayed or ())  # matrices, of experts
+                blocks = pattern if stacked or len(info.shape) == 2 else None
                 for start, size in _parts(info, pattern[1]):
-                    yield info, read, start, size, info.name in on_disk.along_rows, pattern, near_zero
+                    yield info, read, start, size, along_rows, blocks, near_zero
 
         counted = in_order(_count_part, jobs())
         rows = []
@@ -215,10 +218,10 @@ def _count_part(
     start: int,
     size: int,
     along_rows: bool,
-    pattern: tuple[int, int],
+    pattern: tuple[int, int] | None,
     near_zero: float | None,
 ) -> tuple[int, int, int, int]:
-    """Count zeros, near-zeros, blocks, and blocks that hold, in one of the `_parts` of a tensor."""
+    """Count zeros, near-zeros and, if it is to have a pattern, blocks and blocks that hold, in a part of a tensor."""
     part = torch.frombuffer(read(start, size), dtype=torch_dtype(info))
     if part.is_complex():
         part = part.abs()
@@ -226,9 +229,9 @@ def _count_part(
         part = part.double()
     [count] = count_zeros({info.name: part}, near_zero=near_zero)
     blocks = holding = 0
-    n, m = pattern
-    if len(info.shape) == 2 and info.shape[0 if along_rows else 1] % m == 0:
-        zeros = (part.view(-1, info.shape[1]) == 0).view(torch.uint8)
+    if pattern is not None and info.shape[-2 if along_rows else -1] % pattern[1] == 0:
+        n, m = pattern
+        zeros = (part.view(-1, info.shape[-1]) == 0).view(torch.uint8)
         if not along_rows and m in (2, 4, 8):  # the zeros of a block are the bits of one integer: faster
             total = torch.from_numpy(np.bitwise_count(zeros.numpy().view(f"u{m}")))
         else:

@@ -240,7 +240,7 @@ def _steered_groups(
         parts: dict[tuple, list[str]] = {}
         for name in names:
             pool = name if scope == "layer" else entry
-            parts.setdefault((pool, _input_dim(model, name) if pattern else None), []).append(name)
+            parts.setdefault((pool, input_dim(model, name) if pattern else None), []).append(name)
         for (pool, dim), part in parts.items():
             group = decayed | {"params": [(name, params[name]) for name in part], "target_sparsity": share}
             group |= {"target_scope": scope, "target_pool": pool}
@@ -248,7 +248,7 @@ def _steered_groups(
     return groups
 
 
-def _input_dim(model: nn.Module, name: str) -> int:
+def input_dim(model: nn.Module, name: str) -> int:
     """Return which dimension of the matrix of a linear map, or of a stack of such, runs along its inputs."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)

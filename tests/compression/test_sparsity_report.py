@@ -24,8 +24,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from hf_padam import PAdamTrainer, PAdamTrainingArguments, WeightSparsity, compress
+from hf_padam import PAdamTrainer, PAdamTrainingArguments, WeightSparsity, compress, decayed_parameters
 from hf_padam.__main__ import main
+from hf_padam.training.param_groups import input_dim
 
 
 def sparse(model):
@@ -213,6 +214,27 @@ def test_report_card_and_compressed_directory_say_what_the_model_in_memory_says(
     card = (tmp_path / "compressed" / "README.md").read_text()
     zeros, decayed = expected["sparsity"], expected["decayed_parameters"]
     assert f"Zeros: {zeros:.2%} of the {decayed:,} decayed weights, {expected['sparsity_total']:.2%} of all" in card
+
+
+def test_a_config_of_more_layers_than_there_are_tensors_fills_no_memory(tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 10**9}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_types": None}))
+    assert "1000000000 layers, and there are fewer tensors" in report_of(tmp_path, capsys)["decayed_by"]
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "mixtral"])
+def test_blocks_hold_in_stacks_of_experts_along_their_inputs(family, tmp_path, capsys):
+    model = OTHER_NAMES[family]()
+    decayed = decayed_parameters(model)
+    with torch.no_grad():
+        for name, param in decayed.items():
+            matrices = param.transpose(-1, -2) if input_dim(model, name) == -2 else param
+            matrices[..., 2::4] = matrices[..., 3::4] = 0
+    model.save_pretrained(tmp_path)
+    rows = [row for row in report_of(tmp_path, capsys)["tensors"] if row["decayed"]]
+    assert any(len(row["shape"]) == 3 for row in rows) == (family == "gpt-oss")
+    assert {row["2:4_blocks"] for row in rows} == {1.0}
 
 
 @pytest.mark.parametrize("optim", ["padam", "adamw_torch"])
