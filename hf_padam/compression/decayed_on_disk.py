@@ -63,14 +63,16 @@ def skeleton(model: ModelDirectory) -> nn.Module:
     """
     if not model.config:
         raise ValueError("no config.json")
+    for part in (model.config, model.config.get("text_config")):
+        for name in ("num_hidden_layers", "num_layers", "n_layer") if isinstance(part, dict) else ():
+            if isinstance(part.get(name), int) and part[name] > len(model.stored):  # of which a list might be made
+                raise ValueError(f"config.json says that there are {part[name]} layers, and there are fewer tensors")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         config: Any = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > len(model.stored):
-            raise ValueError(f"config.json says that there are {layers} layers, and there are fewer tensors")
         named = getattr(transformers, (config.architectures or [""])[0], None)
         with torch.device("meta"):
             if isinstance(named, type) and issubclass(named, PreTrainedModel):  # and nothing else that it has
