@@ -63,7 +63,8 @@ def skeleton(model: ModelDirectory) -> nn.Module:
     """
     if not model.config:
         raise ValueError("no config.json")
-    for part in (model.config, model.config.get("text_config")):
+    parts: tuple[Any, ...] = (model.config, model.config.get("text_config"))
+    for part in parts:
         for name in ("num_hidden_layers", "num_layers", "n_layer") if isinstance(part, dict) else ():
             if isinstance(part.get(name), int) and part[name] > len(model.stored):  # of which a list might be made
                 raise ValueError(f"config.json says that there are {part[name]} layers, and there are fewer tensors")
