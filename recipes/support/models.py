@@ -165,6 +165,7 @@ def upload(trainer: Trainer, output_dir: Path) -> None:
     args = trainer.args
     if not args.push_to_hub or not trainer.is_world_process_zero():
         return
+    assert trainer.hub_model_id is not None  # the Trainer has made the repository
     trainer.create_model_card(model_name=(args.hub_model_id or output_dir.name).split("/")[-1])
     try:
         HfApi(token=args.hub_token).upload_folder(
