@@ -281,9 +281,8 @@ def _is_fixed(directory: Path) -> bool:
     """Whether a directory cannot be renamed, or would be gone for whoever works in it."""
     mounts = Path("/proc/self/mountinfo")  # of a bind mount from the same disk, nothing else knows
     lines = mounts.read_text().splitlines() if mounts.is_file() else []
-    names = [
-        re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in lines
-    ]  # a space: \040
+    # Spaces and the like are written as \040.
+    names = [re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in lines]
     fixed = directory.is_mount() or str(directory) in names or not os.access(directory.parent, os.W_OK)
     return fixed or os.path.samefile(directory, ".")
 

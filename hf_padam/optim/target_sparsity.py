@@ -113,7 +113,7 @@ class TargetSparsity:
             raise ValueError(f"total_steps={total_steps!r} is not allowed: it must be a number of steps, at least 1")
         check_ramp(start, end)
         self._given, self.per_group = target, per_group
-        self._missed = False
+        self._said = False  # that a target is not met
         self.at_once = start == end
         total_steps, start, end = int(total_steps), float(start), float(end)  # not NumPy's, in its precision
         self.first = min(math.floor(start * total_steps), total_steps - 1)
@@ -394,12 +394,13 @@ class TargetSparsity:
         zeros = sum(count.zeros for count in counts)
         zeroed = pool[0]["target_zeroed"] + zeros - before
         due = _due(target, elements)
-        if zeros < due and not self._blocks(pool[0]) and not self._missed:
-            self._missed = True
+        met = zeros >= due or self._blocks(pool[0])
+        if not met and not self._said:
+            self._said = True
             logger.warning("target_sparsity=%s is not met: %d weights are zero, not %d.", target, zeros, due)
         for group in pool:
             group |= {"target_zeroed": zeroed, "target_threshold": threshold}
-            group["target_met"] = 0.0 if self._missed else target
+            group["target_met"] = target if met else 0.0
             group["target_counted"] = tuple(sorted(_trainable(group).union(group["target_counted"])))
         logger.info(
             "Target sparsity: %d weights of sizes up to %.3g were zeroed at step %d.",
