@@ -74,16 +74,8 @@ class Kernel(NamedTuple):
 
     @property
     def most_registers(self) -> int:
-        """So many that a multiprocessor holds half of the threads that it can (AMD: all), or three eighths.
-
-        The latter, where more than the paper's method is asked of 16-bit weights, is still several times the bytes
-        under way that saturate the memory. To be held to 64, some of these kernels would spill.
-        """
-        if self.target.startswith("gfx"):
-            return 96 if self.target == "gfx1100" else 64
-        if self.fisher and self.form is Form.ABOVE_TWO:
-            return 88  # for 81 on sm_100, and hardly ever asked for
-        return 80 if (self.fisher or self.s) and self.storage != "fp32" else 64
+        """So many that a multiprocessor holds half of the threads that it can (AMD: all)."""
+        return 96 if self.target == "gfx1100" else 64
 
 
 YES_NO = (False, True)
@@ -112,7 +104,9 @@ def covering(kernels):
 
 
 def compiled(kernel: Kernel):
-    options = backend._options(kernel.aligned)
+    rounds_moments = kernel.rounds and kernel.storage == "bf16"
+    crowded = backend._crowded(kernel.form, kernel.fisher or kernel.s, rounds_moments)
+    options = backend._options(kernel.aligned, crowded)
     constants = dict(FORM=FORM_NUMBER[kernel.form], LATE=kernel.late, FISHER=kernel.fisher, ROUND=kernel.rounds)
     constants |= dict(zip(backend._DTYPES, STORAGES[kernel.storage], strict=True))
     constants |= dict(BLOCK=backend._BLOCK, ALIGNED=options.pop("ALIGNED")) | ({} if kernel.s else {"s_rate": None})

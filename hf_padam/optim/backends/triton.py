@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..random_bits import Rounding
-from ..update import Scalars
+from ..update import Form, Scalars
 from . import eager
 from .checks import KernelError, disagreement, lacks_memory, summary
 from .fast_power import exponent_parts
@@ -174,6 +174,8 @@ def _launch(launch: _Launch, lists: tuple[list[Tensor], ...], scalars: Scalars, 
 
     table = launch.table
     dtypes = {name: _triton_dtype(tensors[0].dtype) for name, tensors in zip(_DTYPES, lists, strict=False)}
+    rounds_moments = rounding is not None and lists[3][0].dtype == torch.bfloat16
+    crowded = _crowded(scalars.form, scalars.fisher or len(lists) == 5, rounds_moments)
     device = lists[0][0].device
     # Triton launches on the current device, which need not be the tensors'.
     with (
@@ -197,18 +199,24 @@ def _launch(launch: _Launch, lists: tuple[list[Tensor], ...], scalars: Scalars, 
             **dtypes,
             ROUND=rounding is not None,
             BLOCK=_BLOCK,
-            **_options(launch.aligned),
+            **_options(launch.aligned, crowded),
         )
 
 
-def _options(aligned: bool) -> dict[str, Any]:
+def _crowded(form: Form, fisher_or_s: bool, rounds_moments: bool) -> bool:
+    """Whether eight elements would take a thread more than 64 registers: where all is asked of it at once."""
+    return form in (Form.BELOW_TWO, Form.ABOVE_TWO) and fisher_or_s and rounds_moments
+
+
+def _options(aligned: bool, crowded: bool) -> dict[str, Any]:
     """Return what Triton is told about the tensors, and how to compile.
 
-    Single elements have an address each: half as many to a thread, lest they take all registers. No multiplication is
-    fused with an addition, whatever Triton's default is: each result is rounded as eager rounds it. That costs some 8%
-    more instructions, of which a step that waits for memory has many to spare, and it takes fewer registers.
+    Half as many elements to a thread where eight would take more than 64 registers: single ones have an address each,
+    and see `_crowded`. A multiprocessor so always holds half of the threads that it can. No multiplication is fused
+    with an addition, whatever Triton's default is: each result is rounded as eager rounds it. That costs some 8% more
+    instructions, of which a step that waits for memory has many to spare, and it takes fewer registers.
     """
-    return {"ALIGNED": aligned, "num_warps": 8 if aligned else 16, "enable_fp_fusion": False}
+    return {"ALIGNED": aligned, "num_warps": 8 if aligned and not crowded else 16, "enable_fp_fusion": False}
 
 
 @functools.cache

@@ -168,18 +168,28 @@ def step_kernel(
     inside = at < length
     weight = tl.load(param + at, mask=inside, other=1.0).to(tl.float32)
     gradient = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    if s_rate is not None:
+        auxiliary = tl.load(row + 4 * tensors).to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            auxiliary = tl.multiple_of(auxiliary, 16)
     # 1. Adam's moments. (The other common form, m + (1 - beta1) * (g - m), overflows for huge gradients.)
     first = beta1 * tl.load(exp_avg + at, mask=inside, other=0.0).to(tl.float32) + one_minus_beta1 * gradient
     before = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32)
     second = beta2 * before + one_minus_beta2 * gradient * gradient
+    young = tl.maximum(first * first, 0.25 * gradient * gradient) * young_scale >= before
+    # (Into the storage dtype already, see 5: what is stored takes no registers in what follows.)
+    tl.store(exp_avg + at, first.to(MOMENT1), mask=inside)
+    if ROUND:
+        bits = random_bits(at, tensor_key, step_key)
+    if ROUND and MOMENT2 == tl.bfloat16:
+        tl.store(exp_avg_sq + at, round_stochastically(second, bits >> 16).to(MOMENT2), mask=inside)
+    else:
+        tl.store(exp_avg_sq + at, second.to(MOMENT2), mask=inside)
     # 2. Adam's step, bias corrections folded into the scalars.
     root = tl.sqrt(second)
     stepped = weight - step_size * (first / (root * inverse_root_correction2 + eps))
     # 3. pWD: shrink by the factor of the weight before the step; or after it; or of what follows the weight.
     if s_rate is not None:
-        auxiliary = tl.load(row + 4 * tensors).to(tl.pointer_type(tl.float32))
-        if ALIGNED:
-            auxiliary = tl.multiple_of(auxiliary, 16)
         s = tl.load(auxiliary + at, mask=inside, other=0.0)
         s = (1 - s_rate) * s + s_rate * power(tl.abs(weight), y, y_upper, y_lower, at_zero)
         tl.store(auxiliary + at, s, mask=inside)
@@ -192,7 +202,6 @@ def step_kernel(
             measured = stepped
         else:
             measured = weight
-        young = tl.maximum(first * first, 0.25 * gradient * gradient) * young_scale >= before
         new = stepped / inverse_factor(
             measured, root, young, shrink, decay, size_scale, y, y_upper, y_lower, at_zero, FORM, FISHER
         )
@@ -200,12 +209,6 @@ def step_kernel(
     if FORM != NONE and FORM != TWO and FORM != ABOVE_TWO:
         new = tl.where(tl.abs(new) < _FLUSH, 0.0, new)
     # 5. Back into the storage dtype.
-    if ROUND:
-        bits = random_bits(at, tensor_key, step_key)
-        if PARAM == tl.bfloat16:
-            new = round_stochastically(new, bits & 0xFFFF)
-        if MOMENT2 == tl.bfloat16:
-            second = round_stochastically(second, bits >> 16)
+    if ROUND and PARAM == tl.bfloat16:
+        new = round_stochastically(new, bits & 0xFFFF)
     tl.store(param + at, new.to(PARAM), mask=inside)
-    tl.store(exp_avg + at, first.to(MOMENT1), mask=inside)
-    tl.store(exp_avg_sq + at, second.to(MOMENT2), mask=inside)
