@@ -6,7 +6,6 @@ each the M - N of the smallest sizes are to die, and of these, over all blocks, 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .importance import Measured
+from .importance import Measured, sum_totals
 from .quantiles import histogram, zero_smallest_
 
 PATTERN, INPUT_DIM = "target_pattern", "target_input_dim"
@@ -71,55 +70,56 @@ def check_blocks(group: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def missing_in_blocks(tensors: Sequence[Measured], groups: Iterable[dict[str, Any]]) -> int:
-    """Return how many weights are still to die under a pattern, over all shards; see `zero_in_blocks_`."""
-    missing = histogram(_to_die(tensors, groups)[1])
-    return int(missing.counts.sum() + missing.infinite)
+    """Return how many weights are still to die under a pattern, over all shards; see `sparing`."""
+    totals: dict[tuple, Tensor] = {}
+    for tensor, mask in zip(tensors, _to_die(tensors, groups), strict=True):
+        key, missing = (tensor.weight.device, tensor.sharding), torch.count_nonzero(mask)
+        totals[key] = totals[key] + missing if key in totals else missing
+    return int(sum_totals(totals))
 
 
 @torch.no_grad()
-def zero_in_blocks_(tensors: Sequence[Measured], groups: Iterable[dict[str, Any]], share: float) -> tuple[int, float]:
-    """Zero the smallest of the weights that are still to die under a pattern, in place.
+def zero_in_blocks_(tensors: Sequence[Measured], groups: Iterable[dict[str, Any]]) -> float:
+    """Zero what is still to die under a pattern, in place; see `sparing`.
+
+    Returns:
+        The largest of the sizes that are finite.
+    """
+    masks = _to_die(tensors, groups)
+    chosen = _sparing(tensors, masks)
+    threshold = zero_smallest_(chosen, int(histogram(chosen).counts.sum()))
+    for tensor, mask in zip(tensors, masks, strict=True):
+        tensor.weight.detach().masked_fill_(mask, 0.0)
+    return threshold
+
+
+@torch.no_grad()
+def sparing(tensors: Sequence[Measured], groups: Iterable[dict[str, Any]]) -> list[Measured]:
+    """Return tensors with all weights spared but those that are still to die. Nothing is read from the device.
 
     Args:
         tensors: From `importance.measure`, of the groups.
         groups: With one pattern.
-        share: Of those weights, over all shards; with 1 every block has its zeros.
-
-    Returns:
-        How many became zero, and the size of the largest of them.
     """
-    masks, chosen = _to_die(tensors, groups)
-    missing = histogram(chosen)
-    known = int(missing.counts.sum())
-    number = math.ceil(share * (known + missing.infinite))
-    threshold = zero_smallest_(chosen, min(number, known))
-    zero_smallest_(chosen, number - known, infinite=True)
-    for tensor, mask, left in zip(tensors, masks, chosen, strict=True):
-        tensor.weight.detach().masked_scatter_(mask, left.weight)
-    return number, threshold
+    return _sparing(tensors, _to_die(tensors, groups))
 
 
-def _to_die(tensors: Sequence[Measured], groups: Iterable[dict[str, Any]]) -> tuple[list[Tensor], list[Measured]]:
-    """Return which weights are to die and have not yet: a mask for each tensor, and copies of the chosen weights."""
+def _sparing(tensors: Sequence[Measured], masks: Sequence[Tensor]) -> list[Measured]:
+    return [tensor._replace(spared=~mask) for tensor, mask in zip(tensors, masks, strict=True)]
+
+
+def _to_die(tensors: Sequence[Measured], groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    """Return which weights of each tensor are to die and have not yet, a mask of its shape."""
     settings = [
         (*parse_pattern(group[PATTERN]), group.get(INPUT_DIM, -1))
         for group in groups
         for param in group["params"]
         if param.requires_grad
     ]
-    masks = [_mask(tensor, *setting) for tensor, setting in zip(tensors, settings, strict=True)]
-    return masks, [
-        tensor._replace(
-            weight=tensor.weight.detach()[mask],
-            second=None if tensor.second is None else tensor.second.expand(tensor.weight.shape)[mask],
-            latest=tuple((values[mask], factor) for values, factor in tensor.latest),
-        )
-        for tensor, mask in zip(tensors, masks, strict=True)
-    ]
+    return [_mask(tensor, *setting) for tensor, setting in zip(tensors, settings, strict=True)]
 
 
 def _mask(tensor: Measured, n: int, m: int, dim: int) -> Tensor:
-    """Return which weights of a tensor are to die and have not yet, a mask of its shape."""
     weight = tensor.weight.detach()
     if not weight.numel():
         return torch.zeros_like(weight, dtype=torch.bool)

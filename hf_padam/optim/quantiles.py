@@ -27,12 +27,17 @@ class Histogram(NamedTuple):
     counts: Tensor  # of finite sizes, by their leading bits; fp64, shape (bins,), on the host
     infinite: float  # sizes
     zeros: int  # weights that are exactly zero: all of them, however few were looked at
-    extra: float  # see `histogram`
+    extra: float  # see `tally`
     deviation: float  # of the share below a size, the standard one and at most, for not all elements were looked at
 
 
-def histogram(tensors: Sequence[Measured], sample: int | None = None, extra: Tensor | None = None) -> Histogram:
-    """Count sizes by their leading bits, and zeros, over all shards; with one transfer from the device.
+def histogram(tensors: Sequence[Measured], sample: int | None = None) -> Histogram:
+    """Count sizes by their leading bits, and zeros, over all shards; see `tally`."""
+    return histograms([tally(tensors, sample)])[0]
+
+
+def tally(tensors: Sequence[Measured], sample: int | None = None, extra: Tensor | None = None) -> Tensor:
+    """Count, for `histograms`, without a transfer from the device.
 
     Args:
         tensors: From `importance.measure`.
@@ -50,9 +55,18 @@ def histogram(tensors: Sequence[Measured], sample: int | None = None, extra: Ten
 
     total = _total(tensors, count, _BINS + 2)
     number = torch.ones_like(total[:1]) if extra is None else extra.to(total)[None]
-    counts, zeros, variance, extra_number = torch.cat([total, number]).cpu().double().split([_BINS, 1, 1, 1])
-    infinite, deviation = float(counts[_INFINITE:].sum()), math.sqrt(float(variance)) / max(1.0, float(counts.sum()))
-    return Histogram(counts[:_INFINITE], infinite, int(zeros), float(extra_number), deviation)
+    return torch.cat([total, number])
+
+
+def histograms(tallies: Sequence[Tensor]) -> list[Histogram]:
+    """Return what has been counted, of any number of sets of tensors, with one transfer from the device."""
+    found = []
+    for tallied in torch.stack([tallied.to(tallies[0].device) for tallied in tallies]).cpu().double():
+        counts, zeros, variance, extra = tallied.split([_BINS, 1, 1, 1])
+        infinite = float(counts[_INFINITE:].sum())
+        deviation = math.sqrt(float(variance)) / max(1.0, float(counts.sum()))
+        found.append(Histogram(counts[:_INFINITE], infinite, int(zeros), float(extra), deviation))
+    return found
 
 
 def quantile(histogram: Tensor, share: float) -> float:
@@ -94,7 +108,7 @@ def zero_smallest_(tensors: Sequence[Measured], number: int, infinite: bool = Fa
             for key, candidate in _keys(tensor, infinite):
                 for digit, wanted in zip(_DIGITS, prefix, strict=False):
                     candidate = candidate & (digit(key) == wanted)
-                counts.append(_bincount(_DIGITS[level](key)[candidate]))
+                counts.append(_bincount(_DIGITS[level](key), candidate))
             return torch.stack(counts).sum(0)
 
         below = _total(tensors, count).cpu().double().cumsum(0)
@@ -140,13 +154,14 @@ def _bits(x: Tensor) -> Tensor:
     return x.float().view(torch.int32)
 
 
-def _bincount(values: Tensor) -> Tensor:
+def _bincount(values: Tensor, chosen: Tensor | None = None) -> Tensor:
     dtype = torch.float32 if values.device.type == "mps" else torch.float64
     if values.device.type == "cpu":
-        return torch.bincount(values, minlength=_BINS).to(dtype)
-    # On a GPU, bincount reads the largest value, and the host waits for it.
+        return torch.bincount(values if chosen is None else values[chosen], minlength=_BINS).to(dtype)
+    # On a GPU, bincount reads the largest value, an index of truth values their number, and the host waits for it.
     counts = torch.zeros(_BINS, dtype=torch.int32, device=values.device)
-    return counts.scatter_add_(0, values.long(), torch.ones_like(values)).to(dtype)
+    ones = torch.ones_like(values) if chosen is None else chosen.to(values.dtype)
+    return counts.scatter_add_(0, values.long(), ones).to(dtype)
 
 
 def _total(tensors: Sequence[Measured], count: Callable[[Measured], Tensor], length: int = _BINS) -> Tensor:

@@ -35,8 +35,8 @@ from ..sparsity import TensorCount, count_zeros
 from .hyperparameters import is_number, named
 from .importance import REFERENCE, SCALE, Measured, fisher_scale, measure
 from .padam import PAdam, unwrap
-from .patterns import PATTERN, check_blocks, missing_in_blocks, zero_in_blocks_
-from .quantiles import histogram, quantile, zero_below_, zero_smallest_
+from .patterns import PATTERN, check_blocks, missing_in_blocks, sparing, zero_in_blocks_
+from .quantiles import Histogram, histogram, histograms, quantile, tally, zero_below_, zero_smallest_
 from .target_options import DEFAULT_END, DEFAULT_START, STATE, check_ramp, check_steerable, check_target
 from .update import YOUNG_STEPS
 
@@ -230,7 +230,7 @@ class TargetSparsity:
             planned.append(self.planned(pool[0]["target_step"], max(0.0, pool[0]["target_initial"]), arrives))
         values: dict[str, float] = {}
         if all(math.isfinite(group["p_norm"]) for group in groups):
-            values["lambda_p"] = sum(float(group["lambda_p"]) for group in groups) / len(groups)
+            values["lambda_p"] = sum(_lambda_p(group, group["target_reference"]) for group in groups) / len(groups)
         values |= {"planned_sparsity": _mean(planned, sizes), "sparsity": zeros / sum(sizes)}
         if self.met:
             values["target_zeroed"], values["target_threshold"] = self.zeroed()
@@ -285,28 +285,32 @@ class TargetSparsity:
                 "a state was loaded of a run without one. Start a new run with its weights as the model, or set the "
                 'groups\' "target_sparsity" after loading'
             )
-        for pool in self._pools():
+        pools, due = self._pools(), []
+        for pool in pools:
             step = pool[0]["target_step"]
             if pool[0]["target_initial"] < 0:
                 initial, arrives = self._initial(pool)
                 for group in pool:
                     group |= {"target_initial": initial, "target_arrives": arrives}
             if self.first <= step < self.last:
-                due = (step - self.first) % self.interval == 0 and not self.at_once
-                if due and any(float(group["lr"]) > HOLD for group in pool):
-                    self._aim(pool, step)
+                now = (step - self.first) % self.interval == 0 and not self.at_once
+                if now and any(float(group["lr"]) > HOLD for group in pool):
+                    due.append(pool)
             else:
                 for group in pool:
                     group["target_reference"] = 0.0
+        if due:
+            self._aim(due)
+        for pool in pools:
             for group in pool:
                 group[REFERENCE] = group["target_reference"] if float(group["lr"]) > HOLD else 0.0
-                group["lambda_p"] = _lambda_p(group)
+                group["lambda_p"] = _lambda_p(group, group[REFERENCE])
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
         for group in self._steered():  # a frozen one is not left behind
             group["target_step"] += 1
-            group[REFERENCE] = 0.0
+            group |= {REFERENCE: 0.0, "lambda_p": _lambda_p(group, 0.0)}
         for pool in self._pools():
             if pool[0]["target_step"] >= self.last and not self._met(pool):
                 self._zero_the_rest(pool)
@@ -324,34 +328,42 @@ class TargetSparsity:
             )
         return initial, target
 
-    def _aim(self, pool: list[dict[str, Any]], step: int) -> None:
-        """Choose the decay under which the share planned for the horizon would be dead by then.
+    def _aim(self, pools: list[list[dict[str, Any]]]) -> None:
+        """Choose the decay under which the share planned for the horizon would be dead by then; with one transfer.
 
         Of weights that have had no gradient under "fisher", none dies before the end of the ramp: the share is one of
         the others.
         """
-        if self._blocks(pool[0]):
-            alive = self._left(min(step + self.interval, self.last)) / self._left(step)
-            zero_in_blocks_(self._measured(pool, spare_young=True), pool, 1 - alive)
-            return
-        target = self._target(pool[0])
-        horizon = max(self.interval, min(math.ceil(_HORIZON * (self.last - self.first)), self.last - step))
-        if _prunes(pool):
-            horizon = self.interval
-        sample = max(
-            _POOL_SAMPLE // len(_params(pool)), _SAMPLE // sum(len(_params(other)) for other in self._pools())
-        )
-        mu = self._scale(pool, sample)
-        measured = self._measured(pool, mu, spare_young=_prunes(pool))
-        counts, _, zeros, scale, deviation = histogram(measured, sample, mu)
-        last = max(_LAST, _DEVIATIONS * deviation)
-        ahead = min(self.planned(step + horizon, pool[0]["target_initial"], target), target - last)
-        if zeros >= ahead * float(counts.sum()):
-            for group in pool:
-                group["target_reference"] = 0.0
-            return
-        size = quantile(counts, ahead)
-        if _prunes(pool):
+        measured, tallies = [], []
+        number = len(_params(self._groups()))
+        for pool in pools:
+            if self._blocks(pool[0]):
+                measured.append(sparing(self._measured(pool, spare_young=True), pool))
+                tallies.append(tally(measured[-1]))
+            else:
+                sample = max(_POOL_SAMPLE // len(_params(pool)), _SAMPLE // number)
+                mu = self._scale(pool, sample)
+                measured.append(self._measured(pool, mu, spare_young=_prunes(pool)))
+                tallies.append(tally(measured[-1], sample, mu))
+        for pool, tensors, found in zip(pools, measured, histograms(tallies), strict=True):
+            self._aim_at(pool, tensors, found)
+
+    def _aim_at(self, pool: list[dict[str, Any]], measured: list[Measured], found: Histogram) -> None:
+        step, target = pool[0]["target_step"], self._target(pool[0])
+        horizon, at_once = self.interval, self._blocks(pool[0]) or _prunes(pool)
+        if not at_once:
+            horizon = max(horizon, min(math.ceil(_HORIZON * (self.last - self.first)), self.last - step))
+        if self._blocks(pool[0]):  # of which only what is still to die is counted
+            ahead = 1 - self._left(step + horizon) / self._left(step)
+        else:
+            last = max(_LAST, _DEVIATIONS * found.deviation)
+            ahead = min(self.planned(step + horizon, pool[0]["target_initial"], target), target - last)
+            if found.zeros >= ahead * float(found.counts.sum()):
+                for group in pool:
+                    group["target_reference"] = 0.0
+                return
+        size = quantile(found.counts, ahead)
+        if at_once:
             zero_below_(measured, size)
             return
         for group in pool:
@@ -360,7 +372,7 @@ class TargetSparsity:
             slowly = 1.0 if math.isinf(exponent) else max(1.0, exponent * horizon) ** (-1 / exponent)
             group["target_reference"] = size * slowly
             if group["importance"] == "fisher":
-                group[SCALE] = scale
+                group[SCALE] = found.extra
 
     def _scale(self, pool: list[dict[str, Any]], sample: int | None = None) -> Tensor | None:
         """Return mu of those groups whose sizes it is the unit of; None if there are none."""
@@ -380,15 +392,18 @@ class TargetSparsity:
     def _zero_the_rest(self, pool: list[dict[str, Any]]) -> None:
         """Zero the smallest weights until the target is met: what the decay did not get to."""
         (before, elements), target = _zeros(pool), self._target(pool[0])
-        # Where all die at once, none has been spared so far. (Elsewhere the few that are left are of the others.)
-        measured = self._measured(pool, spare_young=self.at_once)
+        mu = self._scale(pool)
+        measured = self._measured(pool, mu)
         if self._blocks(pool[0]):
-            _, threshold = zero_in_blocks_(measured, pool, 1.0)
+            threshold = zero_in_blocks_(measured, pool)
         else:
             unknown = histogram(measured).infinite  # without a gradient so far: of these the same share is to go
             missing = max(0, _due(target, elements) - before)
-            at_random = min(missing, round(target * unknown))
-            threshold = zero_smallest_(measured, min(missing - at_random, elements - before - int(unknown)))
+            known = min(missing - min(missing, round(target * unknown)), elements - before - int(unknown))
+            old = self._measured(pool, mu, spare_young=True)
+            threshold = zero_smallest_(old, min(known, elements - before - int(histogram(old).infinite)))
+            young = known - (_zeros(pool)[0] - before)  # if too few others are left
+            threshold = max(threshold, zero_smallest_(measured, young))
             zero_smallest_(measured, missing - (_zeros(pool)[0] - before), infinite=True)
         counts = _counts(pool)
         zeros = sum(count.zeros for count in counts)
@@ -420,9 +435,9 @@ class TargetSparsity:
             )
 
 
-def _lambda_p(group: dict[str, Any]) -> float:
-    """Return the lambda_p that a steered group's reference size stands for; positive, as the group decays."""
-    reference, lr = group[REFERENCE], float(group["lr"])
+def _lambda_p(group: dict[str, Any], reference: float) -> float:
+    """Return the lambda_p that a reference size stands for in a steered group; positive, as the group decays."""
+    lr = float(group["lr"])
     if lr <= HOLD:
         return 1.0
     decay = math.log(HOLD)
