@@ -28,7 +28,7 @@ from .hyperparameters import (
     named,
     plain,
 )
-from .importance import SCALE, SCALE_STATE, needs_scale, unpacked, update_scale
+from .importance import SCALE, SCALE_STATE, count_anew, count_step, needs_scale, update_scale
 from .padam import PAdam, unwrap
 from .plan import gradients
 from .update import FLUSH_THRESHOLD, YOUNG_STEPS, Form, Scalars, inverse_factor, prepare
@@ -138,7 +138,7 @@ class _PNormDecay:
         self._kept: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
         self._before_loading: list[dict[str, Any]] = []
         self._taken: dict[int, tuple[Any, int]] = {}  # steps of the parameters under "fisher", and what said so
-        self._skips = False
+        self._skips, self._counted = False, False
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         optimizer.register_load_state_dict_pre_hook(self._remember)
@@ -148,12 +148,13 @@ class _PNormDecay:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # What an earlier step has left that ended in an error is forgotten. If the step calls the hooked one of its
         # parent class, the decay is part of that.
-        self._kept = []
+        self._kept, self._counted = [], False
         self._adopt_new_groups(optimizer)
         found_inf = getattr(optimizer, "found_inf", None)  # GradScaler leaves it to fused optimizers to skip the step
         self._skips = found_inf is not None and bool(found_inf)
         if self._skips:
             return
+        count_anew(optimizer, (param.grad for group in optimizer.param_groups for param in group["params"]))
         states = [(p, optimizer.state.get(p)) for g in optimizer.param_groups if needs_scale(g) for p in g["params"]]
         update_scale(optimizer, max([self._steps(param, state) for param, state in states if state], default=0))
         closure = _closure(args, kwargs)
@@ -167,7 +168,10 @@ class _PNormDecay:
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         closure = _closure(args, kwargs)
-        for group in optimizer.param_groups if not self._skips else ():
+        counts, self._counted = not (self._skips or self._counted), True
+        if counts:
+            count_step(optimizer)
+        for group in optimizer.param_groups if counts else ():
             for param in group["params"] if group["importance"] == "fisher" else ():
                 if param.grad is not None and "step" in optimizer.state[param]:
                     self._steps(param, optimizer.state[param], more=1)
@@ -214,11 +218,11 @@ def _decay_(param: Tensor, before: Tensor, group: dict[str, Any], state: Mapping
     if group["importance"] == "fisher":
         if not _has_second_moments(param, state):
             raise ValueError(_NO_SECOND_MOMENTS.format("this optimizer"))
-        second = unpacked(state["exp_avg_sq"]).to(dtype)
+        second = local_tensor(state["exp_avg_sq"]).to(dtype)
         scalars = decay_scalars(group, step)
         # As in `update_`, but for the second moment of before the step, which nothing has kept.
         latest = [0.25 * grad.to(dtype).square() for grad in gradients([param]) if grad is not None]
-        latest += [unpacked(state["exp_avg"]).to(dtype).square()] if "exp_avg" in state else []
+        latest += [local_tensor(state["exp_avg"]).to(dtype).square()] if "exp_avg" in state else []
         young = second == 0
         for squared in latest:
             young |= squared * scalars.young >= second

@@ -22,10 +22,10 @@ from .update import LARGEST, YOUNG_RATIO, YOUNG_STEPS
 REFERENCE = "reference"
 """The key of a steered group for the size that `update.prepare` takes in place of lambda_p."""
 
-SCALE, SCALE_STEP = "importance_scale", "importance_step"
-"""Keys of a group under "fisher": mu, and after how many steps it was computed."""
+SCALE, SCALE_STEP, TAKEN = "importance_scale", "importance_step", "importance_taken"
+"""Keys of a group under "fisher": mu, after how many steps it was computed, and how many were taken."""
 
-SCALE_STATE = {SCALE: 1.0, SCALE_STEP: 0}
+SCALE_STATE = {SCALE: 1.0, SCALE_STEP: 0, TAKEN: 0}
 """Where they start. They are there from the beginning: what a group lacks, FSDP does not load into it."""
 
 _GROWTH = 1.2
@@ -40,12 +40,15 @@ class Measured(NamedTuple):
     """A parameter as far as it is held here, and what the sizes of its weights come from."""
 
     weight: Tensor  # any shape
-    second: Tensor | None  # under "fisher" the second moments, same shape or, before the first gradient, a single zero
+    second: (
+        Any  # under "fisher" the second moments, same shape or, before the first gradient, a single zero; else None
+    )
     factor: float | Tensor  # x = |weight| * sqrt(second) * factor
     sharding: Any  # see `sparsity.local_shard`
     key: int  # random, another for each parameter and shard, the same on replicas
-    latest: tuple[tuple[Tensor, float], ...] = ()  # what, times a factor and squared, may tell that a weight is young
+    latest: tuple[tuple[Any, float], ...] = ()  # what, times a factor and squared, may tell that a weight is young
     young: float = 0.0  # see `update.Scalars`
+    spared: Tensor | None = None  # which weights are not to die, whatever their sizes; same shape
 
     def stride(self, sample: int | None) -> int:
         """Return a distance between elements that yields about so many, in all columns; all of them if None."""
@@ -58,40 +61,39 @@ class Measured(NamedTuple):
         """Yield every `step`-th weight and its size, in fp32 and flat, a part of the tensor at a time.
 
         A weight that has had no gradient under "fisher" has an infinite size, unless it is zero; see `measure`, too.
+        So has one that is spared.
         """
         flat = self.weight.detach().reshape(-1)
-        moments = self._moments()
-        latest = [(values.reshape(-1), factor) for values, factor in self.latest]
+        spared = None if self.spared is None else self.spared.reshape(-1)
         for part in self._parts(step):
             weight = flat[part]
             x = weight.abs().float()
-            if moments is not None:
-                second = moments[part].float()
+            if self.second is not None:
+                second = _read(self.second, part).float()
                 young = second == 0
-                for values, factor in latest:
-                    young |= (factor * values[part].float()).square() * self.young >= second
+                for values, factor in self.latest:
+                    young = young | ((factor * _read(values, part).float()).square() * self.young >= second)
                 x = torch.where(young & (x > 0), math.inf, x * second.sqrt().clamp(max=LARGEST) * self.factor)
+            if spared is not None:
+                x = x.masked_fill(spared[part], math.inf)
             yield weight, x
 
     def squares(self, step: int = 1) -> Tensor:
         """Return the sums of x^2 and w^2 over the weights, every `step`-th, that have had gradients; fp64, (2,)."""
-        moments = self._moments()
         precise = torch.float32 if self.weight.device.type == "mps" else torch.float64
         sums = self.weight.new_zeros(2, dtype=precise)
-        if moments is None or not isinstance(self.factor, float):
+        if self.second is None or not isinstance(self.factor, float):
             raise TypeError("squares are of sizes under fisher, in units of their own")
         flat = self.weight.detach().reshape(-1)
         for part in self._parts(step):
-            second = moments[part]
+            weight = flat[part]
+            second = _read(self.second, part).expand(weight.shape)
             known = (second > 0) & second.isfinite()  # one that has overflown would make all others small
-            squared = torch.where(known, flat[part], 0.0).to(precise).square()
+            squared = torch.where(known, weight, 0.0).to(precise).square()
             sums[0] += torch.dot(squared, torch.where(known, second, 0.0).to(precise))
             sums[1] += squared.sum()
         sums[0] *= self.factor**2
         return sums * step
-
-    def _moments(self) -> Tensor | None:
-        return None if self.second is None else self.second.expand(self.weight.shape).reshape(-1)
 
     def _parts(self, step: int) -> Iterator[slice]:
         size = step * (_CACHED_SLICE if self.weight.device.type == "cpu" else _SLICE)
@@ -123,17 +125,17 @@ def measure(
             if not param.requires_grad:
                 continue
             weight, sharding = local_shard(param)
-            second: Tensor | None = None
+            second: Any = None
             factor: float | Tensor = 1.0
-            latest: list[tuple[Tensor, float]] = []
+            latest: list[tuple[Any, float]] = []
             correction = 0.0
             if group.get("importance") == "fisher":
                 second = weight.new_zeros(())
                 state = optimizer.state.get(param) or {}
                 if "exp_avg_sq" in state and state["step"] >= max(1, known):  # 0 if its first step has failed
-                    second = unpacked(state["exp_avg_sq"])
-                    if grad is not None:
-                        latest = [(unpacked(state["exp_avg"]), 1.0), (grad, 0.5)]
+                    second = local_tensor(state["exp_avg_sq"])
+                    if spare_young:
+                        latest = [(local_tensor(state["exp_avg"]), 1.0), *([] if grad is None else [(grad, 0.5)])]
                     own = scale.to(weight.device) if isinstance(scale, Tensor) else scale
                     correction = 1 - float(group["betas"][1]) ** float(state["step"])
                     factor = correction**-0.5 / own
@@ -142,10 +144,13 @@ def measure(
     return measured
 
 
-def unpacked(moment: Tensor) -> Tensor:
-    """Return what of a moment is held here, unpacked."""
-    local = local_tensor(moment)
-    return local.dequantize() if hasattr(local, "codes") else local
+def _read(values: Any, part: slice) -> Tensor:
+    """Return some elements of a tensor as a row; of one in 8 bits, or of a single zero, no others are made for it."""
+    if hasattr(values, "codes"):
+        codes = values.codes.view(-1)[part]
+        places = torch.arange(*part.indices(values.codes.numel()), device=codes.device)
+        return values.qmap[codes.int()] * values.scale[places // (values.codes.numel() // values.scale.numel())]
+    return values if values.ndim == 0 else values.reshape(-1)[part]
 
 
 def fisher_scale(measured: Iterable[Measured], sample: int | None = None, nothing: float = 1.0) -> Tensor:
@@ -192,11 +197,12 @@ def check_steered(group: Mapping[str, Any]) -> None:
         RuntimeError: If not: its decay would know no end.
     """
     decays = group["lambda_p"] > 0 and float(group["lr"]) > 0  # not in the step in which FSDP creates a state to load
-    if decays and REFERENCE not in group and group.get("target_sparsity") is not None:
+    target = group.get("target_sparsity")
+    if decays and REFERENCE not in group and (target is not None or "target_step" in group):
         raise RuntimeError(
-            f"a parameter group has target_sparsity={group['target_sparsity']!r}, and nothing steers it there: all of "
-            "its weights would die. Make TargetSparsity(optimizer, total_steps=...) before the first step, or take "
-            "p_norm=0.8 and a lambda_p without a target"
+            f"a parameter group is to arrive at a target_sparsity{'' if target is None else f'={target!r}'}, and "
+            "nothing steers it there: all of its weights would die. Make TargetSparsity(optimizer, total_steps=...) "
+            "before the first step, or take p_norm=0.8 and a lambda_p without a target"
         )
 
 
@@ -208,10 +214,13 @@ def update_scale(optimizer: Optimizer, taken: int) -> None:
 
     Args:
         optimizer: See `measure`.
-        taken: How many steps these groups have taken, the oldest of their parameters.
+        taken: How many steps these groups have taken at least, as the states say that are held here.
     """
     pool = [group for group in optimizer.param_groups if needs_scale(group)]
     _check_whole(optimizer, pool)
+    taken = max([taken, *(group.get(TAKEN, 0) for group in pool)])  # a process may hold none of these weights
+    for group in pool:
+        group[TAKEN] = taken
     if taken < YOUNG_STEPS:
         return
     computed = [group.get(SCALE_STEP, 0) for group in pool]  # after so many steps; states may have been cleared since
@@ -219,6 +228,20 @@ def update_scale(optimizer: Optimizer, taken: int) -> None:
         scale = float(fisher_scale(measure(optimizer, pool), nothing=0.0))
         for group in pool if scale > 0 else ():  # else all are frozen
             group |= {SCALE: scale, SCALE_STEP: taken}
+
+
+def count_anew(optimizer: Optimizer, grads: Iterable[Tensor | None]) -> None:
+    """Count from zero again where all states have been cleared; not where there are none for want of gradients."""
+    if not optimizer.state and any(grad is not None for grad in grads):
+        for group in optimizer.param_groups:
+            group |= {TAKEN: 0} if TAKEN in group else {}
+
+
+def count_step(optimizer: Optimizer) -> None:
+    """Count a step for `update_scale`, once it is taken."""
+    for group in optimizer.param_groups:
+        if needs_scale(group):
+            group[TAKEN] = group.get(TAKEN, 0) + 1
 
 
 def _check_whole(optimizer: Optimizer, pool: list[dict[str, Any]]) -> None:

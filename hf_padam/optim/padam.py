@@ -29,7 +29,7 @@ from .hyperparameters import (
     plain,
     plain_group,
 )
-from .importance import REFERENCE, SCALE, SCALE_STATE, check_steered, needs_scale, update_scale
+from .importance import REFERENCE, SCALE, SCALE_STATE, check_steered, count_anew, count_step, needs_scale, update_scale
 from .plan import MOMENTS, Plan, Tensors, check_dense, gradients
 from .random_bits import Rounding, random_key
 from .schedules import check_moved
@@ -234,11 +234,18 @@ class PAdam(Optimizer):
         """
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("PAdam's step cannot be captured in a CUDA graph: capture forward and backward only")
+        try:
+            return self._step(closure)
+        except BaseException:  # what steers it is not told of a step that fails
+            for group in self.param_groups:
+                group |= {REFERENCE: 0.0} if REFERENCE in group else {}
+            raise
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-
         for group in self.param_groups:
             check_hyperparameters(group)
         tensors, plan = self._prepare()
@@ -258,11 +265,9 @@ class PAdam(Optimizer):
                 scalars, lists = prepare(number, **options), bucket.lists(tensors)
                 self._run(selected[bucket.device], lists, scalars, rounding, bucket.kept)
                 finished += 1
+            count_step(self)
         finally:
             plan.count(finished)
-            if finished < len(plan.buckets):  # what steers it is not told of a step that fails
-                for group in self.param_groups:
-                    group |= {REFERENCE: 0.0} if REFERENCE in group else {}
         return loss
 
     def _prepare(self) -> tuple[Tensors, Plan]:
@@ -272,6 +277,7 @@ class PAdam(Optimizer):
         tensors = None if self._plan is None else self._plan.tensors(self, params, grads)
         if self._plan is None or tensors is None:
             check_dense(grads)
+            count_anew(self, grads)
             for param, grad in zip(params, grads, strict=True):
                 if grad is not None and not self.state[param]:
                     self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device="cpu")

@@ -431,3 +431,73 @@ def test_what_nothing_steers_cannot_prune():
     optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(4, 4))])
     with pytest.raises(ValueError, match="p_norm=-inf needs a target_sparsity, to which PAdam alone is steered"):
         add_pnorm_decay(optimizer, p_norm=-math.inf, lambda_p=0.1)
+
+
+def test_the_unit_is_computed_where_a_process_has_no_gradients_too():
+    """Of FSDP1's shards one may hold no decayed weight: all the same it takes part in the sum, at the same step."""
+    for build in (lambda w: PAdam([w], lr=1e-3, p_norm=0.5, importance="fisher"), lambda w: torch.optim.AdamW([w])):
+        weight = nn.Parameter(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)))
+        optimizer = build(weight)
+        if not isinstance(optimizer, PAdam):
+            add_pnorm_decay(optimizer, p_norm=0.5, lambda_p=0.1, importance="fisher")
+        (group,) = optimizer.param_groups
+        for step in range(11):
+            weight.grad = noisy(step, torch.ones(SHAPE)) if step < 8 else None
+            optimizer.step()
+        assert group["importance_step"] == 10 and group["importance_taken"] == 11
+
+
+def test_a_step_that_calls_its_parents_is_counted_once():
+    class Nested(torch.optim.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    weights = []
+    for cls in (torch.optim.AdamW, Nested):
+        weights.append(nn.Parameter(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) * 0.05))
+        optimizer = cls(weights[-1:], lr=1e-3)
+        add_pnorm_decay(optimizer, p_norm=0.5, lambda_p=0.1, importance="fisher")
+        for step in range(30):
+            weights[-1].grad = noisy(step, torch.ones(SHAPE))
+            optimizer.step()
+        assert optimizer.param_groups[0]["importance_taken"] == 30
+    assert torch.equal(*weights) and (weights[0] == 0).any()
+
+
+@pytest.mark.parametrize("p_norm", [-math.inf, 1.4])
+def test_a_small_expert_that_is_new_at_the_end_of_the_ramp_is_not_lost(p_norm):
+    """What is missing is made up for by the smallest sizes: which those of a few noisy gradients seem to be."""
+
+    def gradient(step, spread):
+        grad = noisy(step, torch.ones(()))
+        if step < 147:
+            grad[0, :16] = 0
+        return grad
+
+    options = {"steer": 0.5, "total": 200, "start": 0.2, "end": 0.75, "p_norm": p_norm, "lr": 1e-4}
+    weight, optimizer = trained(151, gradient=gradient, eps=1e-8, **options)
+    assert (weight == 0).float().mean() == 0.5 and optimizer.param_groups[0]["target_met"]
+    assert (weight[0, :16] == 0).float().mean() <= 0.5
+
+
+def test_the_threshold_of_a_target_is_a_size_in_the_units_of_weights():
+    thresholds = [trained(60, scale, steer=0.6)[1].param_groups[0]["target_threshold"] for scale in (1.0, 1e3)]
+    assert thresholds[1] == pytest.approx(thresholds[0], rel=0.02) and 1e-6 < thresholds[0] < 0.05
+
+
+@pytest.mark.parametrize("step", [1, 3, 7])
+def test_moments_in_8_bits_are_read_as_they_would_be_unpacked_and_no_more_of_them(step, monkeypatch):
+    pytest.importorskip("torchao")
+    weight = nn.Parameter(torch.randn(96, 64))
+    optimizer = PAdam8bit([weight], lr=1e-3, importance="fisher", p_norm=0.5, lambda_p=0.1)
+    for i in range(12):
+        weight.grad = torch.randn(96, 64, generator=torch.Generator().manual_seed(i))
+        optimizer.step()
+    moment = optimizer.state[weight]["exp_avg_sq"]
+    expected = moment.dequantize().flatten()[::step].sqrt() * weight.detach().flatten()[::step].abs()
+    monkeypatch.setattr(type(moment), "dequantize", lambda *_: pytest.fail("all is unpacked"))
+    (measured,) = measure(optimizer, optimizer.param_groups, spare_young=True)
+    sizes = torch.cat([x for _, x in measured.slices(step)]) * (1 - 0.999**12) ** 0.5
+    seen = sizes.isfinite()
+    assert seen.float().mean() > 0.9
+    torch.testing.assert_close(sizes[seen], expected[seen])
