@@ -1,6 +1,6 @@
 """The plan of a step: what depends on which tensors there are, worked out once and kept while nothing has changed.
 
-Only the scalars and the gradients' addresses are new in each step. A plan holds no weight, gradient or moment, so that
+Only the scalars and the gradients' addresses are new in each step. A plan holds no gradient or moment, so that
 what is moved elsewhere between two steps is freed: the lists of a step are gathered anew, and must be what was planned
 for. All is written for the hundreds of small tensors of a language model, where each look-up costs.
 """
@@ -118,8 +118,9 @@ class Plan:
         self._options, self._params = _options(optimizer), list(map(id, params))
         self._state, self._seen = [list(map(id, values)) for values in kept[1:]], self._described(kept[0], tensors)
         self._lost = False
-        identified = [*params, *(t for values in kept[1:] for t in values if t is not None)]
-        self._references = [weakref.ref(t, self._lose) for t in identified]
+        self._held = params  # by the groups, too; a weak reference would keep a module from swapping them
+        moments_and_s = [t for values in kept[1:] for t in values if t is not None]
+        self._references = [weakref.ref(t, self._lose) for t in moments_and_s]
 
     def _lose(self, _: Any) -> None:
         """Note that one of the tensors is gone: another may have got its identity, and its address."""
