@@ -135,8 +135,9 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
         raise ValueError(
             f"importance={values['importance']!r} is not allowed: it must be one of {', '.join(IMPORTANCES)}"
         )
-    if values.get("s_rate", 1) < 1 and (values.get("importance") == "fisher" or values["p_norm"] < 0):
-        other = 'importance="fisher"' if values.get("importance") == "fisher" else f"p_norm={values['p_norm']}"
+    smallest = min(values["p_norm"], values.get("final_p_norm", values["p_norm"]))  # of a schedule
+    if values.get("s_rate", 1) < 1 and (values.get("importance") == "fisher" or smallest < 0):
+        other = 'importance="fisher"' if values.get("importance") == "fisher" else f"p_norm={smallest}"
         raise ValueError(
             f"s_rate={values['s_rate']} and {other} exclude each other: s follows |w|^(p-2), for p of at least 0. "
             "Leave s_rate at 1"

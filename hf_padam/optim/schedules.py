@@ -57,6 +57,9 @@ def check_schedule(start: float, share: float, shape: str) -> None:
         )
 
 
+EXCLUDES_TARGET = "target_sparsity and a p-schedule exclude each other: the path is planned for one p"
+
+
 def p_norm_at(
     progress: float, final: float, start: float = DEFAULT_START, share: float = DEFAULT_SHARE, shape: str = "linear"
 ) -> float:
@@ -91,11 +94,14 @@ def set_p_norm(
     "constant" schedule touches only groups that have the key: those of a checkpoint whose run had a schedule.
 
     Raises:
-        ValueError: If p goes below 2 and a tensor is all zeros: from then on it could never train.
+        ValueError: If p goes below 2 and a tensor is all zeros: from then on it could never train. Or if a group is
+            steered to a target.
     """
     for group in groups:
         if group.get("lambda_p", 0) == 0 or (shape == "constant" and FINAL not in group):
             continue
+        if group.get("target_sparsity") is not None or "target_step" in group:
+            raise ValueError(EXCLUDES_TARGET)
         before = group["p_norm"]
         group["p_norm"] = p_norm_at(steps_taken / total_steps, group.setdefault(FINAL, before), start, share, shape)
         if before >= 2 > group["p_norm"] and steps_taken and not group.get("late_decay"):

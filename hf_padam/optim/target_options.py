@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .hyperparameters import is_number
-from .schedules import FINAL
+from .schedules import EXCLUDES_TARGET, FINAL
 
 DEFAULT_START, DEFAULT_END = 0.2, 0.75
 """Of the ramp, as shares of the training. What dies at once dies before the gradient has said whether it is needed."""
@@ -34,7 +34,7 @@ def check_steerable(group: Mapping[str, Any]) -> None:
         ValueError: If not.
     """
     if FINAL in group:
-        raise ValueError("target_sparsity and a p-schedule exclude each other: the path is planned for one p")
+        raise ValueError(EXCLUDES_TARGET)
     for option, plain in (("late_decay", False), ("s_rate", 1.0), ("p_norm_schedule", "constant")):
         if group.get(option, plain) != plain:
             raise ValueError(

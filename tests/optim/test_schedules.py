@@ -251,3 +251,15 @@ def test_a_p_that_nothing_moves_is_an_error(lost, tmp_path):
         optimizer.step()
     PNormScheduler(optimizer, 10)
     optimizer.step()
+
+
+def test_a_schedule_and_a_target_exclude_each_other_whichever_comes_first():
+    weight = nn.Parameter(torch.randn(8, 8))
+    optimizer = PAdam([{"params": [weight], "target_sparsity": 0.5}], lr=1e-3, p_norm=0.5)
+    with pytest.raises(ValueError, match="target_sparsity and a p-schedule exclude each other"):
+        PNormScheduler(optimizer, 100)
+
+
+def test_a_schedule_does_not_lead_to_where_s_cannot_follow():
+    with pytest.raises(ValueError, match=r"s_rate=0.5 and p_norm=-1.0 exclude each other"):
+        PAdam([{"params": [nn.Parameter(torch.ones(4, 4))], "final_p_norm": -1.0}], p_norm=2.0, s_rate=0.5)
