@@ -4,6 +4,7 @@ import builtins
 import errno
 import os
 import re
+import sys
 
 import pytest
 import torch
@@ -242,3 +243,13 @@ def test_a_backend_whose_results_differ_is_found_out(wrong, case):
 
     assert checks.disagreement(eager.step, CPU, [case]) is None
     assert "differ from eager's" in checks.disagreement(step, CPU, [case])
+
+
+@pytest.mark.parametrize("broken", ["triton", "hf_padam.optim.backends.triton_kernel"])
+def test_triton_that_cannot_be_imported_is_a_reason_too(broken, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, broken, None)
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(RuntimeError, match='backend="triton" cannot run on cuda.*import'):
+        backends.check("triton", torch.device("cuda"))
+    assert backends.select("auto", torch.device("cuda"), LARGE) is eager
+    assert len(warnings(caplog)) == 1

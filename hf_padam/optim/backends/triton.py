@@ -41,22 +41,24 @@ def unavailable(device: torch.device) -> str | None:
     """Return why Triton kernels cannot run on `device`, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
-    import triton
-
-    from .triton_kernel import step_kernel
-
-    interpreted = not isinstance(step_kernel, triton.runtime.JITFunction)
-    if device.type == "cpu":
-        return None if interpreted else "Triton generates no code for CPUs (TRITON_INTERPRET=1 interprets it, slowly)"
-    if device.type not in ("cuda", "xpu"):
-        return f"Triton has no code generator for {device.type} devices"
-    from torch.utils._triton import has_triton
-
-    if not interpreted and not has_triton():
-        return "Triton is installed but does not support this device"
     try:
+        import triton
+
+        from .triton_kernel import step_kernel
+
+        interpreted = not isinstance(step_kernel, triton.runtime.JITFunction)
+        if device.type == "cpu" and not interpreted:
+            return "Triton generates no code for CPUs (TRITON_INTERPRET=1 interprets it, slowly)"
+        if device.type == "cpu":
+            return None
+        if device.type not in ("cuda", "xpu"):
+            return f"Triton has no code generator for {device.type} devices"
+        from torch.utils._triton import has_triton
+
+        if not interpreted and not has_triton():
+            return "Triton is installed but does not support this device"
         return disagreement(step, device)
-    except Exception as error:  # whatever a compiler or driver raises: the reason to use another backend
+    except Exception as error:  # whatever an import, a compiler or a driver raises: the reason to use another backend
         if lacks_memory(error.__cause__ or error):
             raise (error.__cause__ or error) from None
         return f"its kernel does not run there ({summary(error)})"
