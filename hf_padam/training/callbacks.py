@@ -15,9 +15,10 @@ from ..optim import PAdam, TargetSparsity, steering_of, unwrap
 from ..optim.any_optimizer import has_pnorm_decay
 from ..optim.backends import select
 from ..optim.hyperparameters import innermost
-from ..optim.schedules import DEFAULT_SHARE, MOVES, check_schedule, set_p_norm
+from ..optim.schedules import DEFAULT_SHARE, FINAL, MOVES, check_schedule, set_p_norm
 from ..optim.schedules import DEFAULT_START as DEFAULT_SCHEDULE_START
 from ..optim.target_options import DEFAULT_END, DEFAULT_START, check_ramp, check_target
+from ..sparsity import local_shard
 from .decay_report import warn_of_strangers
 from .lost_updates import warn_of_lost_updates
 from .options import check_deepspeed, options_of
@@ -54,6 +55,7 @@ class TargetSparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach to the optimizer, now that the number of steps is known."""
+        _check_loaded(kwargs["optimizer"], state, "target_step", "get_param_groups(model, target_sparsity=...)")
         self._steering = TargetSparsity(kwargs["optimizer"], total_steps=state.max_steps, **self._plan)
 
     def on_step_begin(
@@ -96,6 +98,7 @@ class CallbackFromGroups(TargetSparsityCallback):
     def __init__(self) -> None:
         self._steering = None
         self._looked = False
+        self.distils = False  # the Trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,6 +115,11 @@ class CallbackFromGroups(TargetSparsityCallback):
             raise ValueError(
                 f"lambda_p={options_of(args).lambda_p!r} has no effect on optim={name!r} in this Trainer: take "
                 'PAdamTrainer, which adds the decay, or optim="padam"'
+            )
+        if options_of(args).distill_from is not None and not self.distils:
+            raise ValueError(
+                f"distill_from={options_of(args).distill_from!r} has no effect in this Trainer: take PAdamTrainer, "
+                "which distils, or leave distill_from out"
             )
         if isinstance(inner, PAdam) and args.world_size > 1:
             if "model" in kwargs:
@@ -161,6 +169,20 @@ class CallbackFromGroups(TargetSparsityCallback):
             state.log_history[-1].update(additions)
 
 
+def _check_loaded(optimizer: Any, state: TrainerState, key: str, cure: str) -> None:
+    """Refuse to go on from a checkpoint of which a key of the groups was not loaded, for they did not have it before.
+
+    Torch loads what is sharded, by fully_shard for example, into the keys that are there.
+    """
+    groups = [group for group in unwrap(optimizer).param_groups if group.get("lambda_p", 0) > 0 and key not in group]
+    sharded = any(local_shard(param)[1] is not None for group in groups for param in group["params"])
+    if state.global_step and sharded:
+        raise RuntimeError(
+            f"the checkpoint's {key!r} was not loaded into the sharded optimizer, whose groups did not have it, so "
+            f"this run cannot go on: build them with {cure}"
+        )
+
+
 def _check_replicas(model: nn.Module) -> None:
     """Refuse FSDP1's ways that keep replicas, of which its parameters do not tell."""
     kinds = {getattr(getattr(module, "sharding_strategy", None), "name", "") for module in model.modules()}
@@ -205,6 +227,15 @@ class PNormScheduleCallback(TrainerCallback):
         check_schedule(start, share, shape)
         self._settings = (start, share, shape)
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the settings of this training, and that a checkpoint's p has been loaded."""
+        schedule = self._schedule(args)
+        check_schedule(*schedule)
+        if schedule[-1] != "constant":
+            _check_loaded(kwargs["optimizer"], state, FINAL, "get_param_groups(model, p_norm_start=...)")
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -224,12 +255,6 @@ class ScheduleFromArguments(PNormScheduleCallback):
 
     def __init__(self) -> None:
         pass
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Check the settings of this training."""
-        check_schedule(*self._schedule(args))
 
     def _schedule(self, args: TrainingArguments) -> tuple[float, float, str]:
         options = options_of(args)

@@ -156,6 +156,11 @@ class Distillation:
             )
         if shift_labels is None and self._shift:
             labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        if labels.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"distillation: the model's logits are of shape {tuple(logits.shape)}, its labels of "
+                f"{tuple(labels.shape)}: leave logits_to_keep out of the batch, all positions are compared"
+            )
         labels = labels.flatten().to(logits.device)
         logits = logits.flatten(end_dim=-2)
         predicted = labels.ne(ignore_index).nonzero().squeeze(1)

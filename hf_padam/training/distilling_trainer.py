@@ -9,8 +9,9 @@ from torch import nn
 
 from ..resuming.checkpoints import CheckpointError
 from ..resuming.resumable import ResumableTrainer
-from .distillation import Distillation, shifts_labels
-from .options import DISTILLATION, options_of
+from .callbacks import CallbackFromGroups
+from .distillation import Distillation, check_distillation_options, shifts_labels
+from .options import DISTILLATION, PAdamOptions, options_of
 from .teacher import START, Teacher, check_vocabularies, load_teacher
 
 _TEACHER = "teacher"
@@ -37,6 +38,11 @@ class DistillingTrainer(ResumableTrainer):
         self._found: tuple[str, str] | None = None  # by what name and in which dtype its teacher was found
         self._resumed_from: tuple[str, dict[str, Any]] | None = None  # the checkpoint and its settings
         name = options_of(self.args).distill_from
+        if isinstance(self.args, PAdamOptions):
+            check_distillation_options(self.args)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, CallbackFromGroups):
+                callback.distils = True
         if teacher is not None and name in (None, START):
             raise ValueError(
                 f"teacher=... has no effect with distill_from={name!r}: give the teacher's name there, or drop teacher"
@@ -50,6 +56,7 @@ class DistillingTrainer(ResumableTrainer):
 
     def _check_distills(self) -> None:
         args: Any = self.args
+        check_distillation_options(args)
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         why = None
         if self.compute_loss_func is not None:

@@ -57,8 +57,11 @@ class Teacher:
         if dtype != "auto":  # not by Module.to, which would round the frequencies of rotary positions
             for param in filter(torch.is_floating_point, self.model.parameters()):
                 param.data = param.data.to(getattr(torch, dtype))
-        self.model.to(device=device)
-        self.model.config.use_cache = False
+        if len(set((getattr(self.model, "hf_device_map", None) or {}).values())) < 2:  # else it stays as it is spread
+            type(self.model).to(self.model, device=device)  # accelerate's own, in a copy, would move the original
+        for config in {id(c): c for c in (self.model.config, self.model.config.get_text_config())}.values():
+            config.use_cache = False
+            config.return_dict = True
         # With FSDP's RAM-efficient loading, the main process alone has read the weights.
         if PartialState().num_processes > 1:
             broadcast([*self.model.parameters(), *self.model.buffers()])
@@ -112,7 +115,8 @@ class Teacher:
         def head(tokens: Tensor) -> Tensor:
             output.last_hidden_state = hidden[tokens.to(hidden.device)][None]
             with mock.patch.object(body, "forward", lambda *args, **kwargs: output), self._autocast():
-                return self.model().logits[0]
+                # Of the body's input some models read the shape, or its special tokens.
+                return self.model(input_ids=tokens.new_zeros(1, len(tokens)).to(hidden.device)).logits[0]
 
         return head
 
@@ -132,7 +136,12 @@ def load_teacher(name: str, causal: bool, dtype: str) -> tuple[nn.Module, Any]:
     """
     kind = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     try:
-        model = kind.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        both: Any = kind.from_pretrained(
+            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
+        )
+        model, loaded = both
+        if loaded["missing_keys"]:  # which Transformers makes at random, with a warning
+            raise ValueError(f"a {type(model).__name__} needs weights that it has not ({min(loaded['missing_keys'])})")
     except Exception as error:  # the loaders raise whatever their file format's library raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -140,7 +149,9 @@ def load_teacher(name: str, causal: bool, dtype: str) -> tuple[nn.Module, Any]:
             f"{START!r} for the model as it is when training begins, or PAdamTrainer(teacher=...), a model"
         ) from error
     try:
-        return model, AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        # Without its files some kinds come with nothing but special tokens.
+        return model, tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None
     except Exception:  # a model without one
         return model, None
 

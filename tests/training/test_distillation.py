@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from conftest import blocks, character_tokenizer, tiny_gpt2, tiny_llama
 from processes import job
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, default_data_collator
+from transformers import AutoConfig, TrainingArguments, default_data_collator
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments, compress
 from hf_padam.resuming.checkpoints import CheckpointError
 from hf_padam.training import distillation
 from hf_padam.training.distillation import Distillation
-from hf_padam.training.teacher import Teacher, check_vocabularies
+from hf_padam.training.options import PAdamOptions
+from hf_padam.training.teacher import Teacher, check_vocabularies, load_teacher
 
 
 def other_llama(**overrides):
@@ -482,3 +484,76 @@ def test_two_processes_distil_like_one(tmp_path):
 
 def test_a_sharded_student_learns_from_a_whole_teacher_like_an_unsharded_one():
     assert job(2, "training/distributed.py", "distil_sharded")["difference"] < 1e-5
+
+
+def test_a_model_that_reads_its_input_after_the_body_can_teach():
+    class Reads(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+            output = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+            assert (input_ids if input_ids is not None else inputs_embeds).shape[1] == output.logits.shape[1]
+            return output
+
+    plain = other_llama()
+    model = Reads(plain.config)
+    model.load_state_dict(plain.state_dict())
+    ids = torch.tensor([row["input_ids"] for row in blocks(2)])
+    tokens = torch.tensor([1, 5, 7])
+    found = Teacher(model, name="t").logits_of({"input_ids": ids})(tokens)
+    torch.testing.assert_close(found, plain(ids).logits.flatten(end_dim=1)[tokens].detach())
+
+
+def test_a_teacher_without_a_head_is_refused(tmp_path):
+    model = tiny_llama(tie_word_embeddings=False)
+    body = other_llama(tie_word_embeddings=False).model
+    body.save_pretrained(tmp_path / "body")
+    with pytest.raises(ValueError, match="not be loaded: a LlamaForCausalLM needs weights that it has not .lm_head"):
+        train(model, tmp_path / "out", distill_from=str(tmp_path / "body"))
+
+
+def test_a_teacher_of_a_kind_whose_tokenizer_comes_empty_without_files_is_known_by_its_rows(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "teacher")
+    _, tokenizer = load_teacher(str(tmp_path / "teacher"), True, "auto")
+    assert tokenizer is None
+
+
+@dataclass
+class Mixed(PAdamOptions, TrainingArguments):
+    """As another library's arguments are given the options."""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distill_weight": 0.3}, "distill_weight=0.3 has no effect without distill_from"),
+        ({"distill_from": "start", "label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 does not go with"),
+    ],
+    ids=str,
+)
+def test_options_that_another_class_inherits_are_checked_too(tmp_path, options, message):
+    args = Mixed(output_dir=str(tmp_path), report_to="none", use_cpu=True, optim="padam", **options)
+    with pytest.raises(ValueError, match=message):
+        PAdamTrainer(model=tiny_llama(), args=args, train_dataset=blocks())
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_trainer_that_does_not_distil_says_so_whatever_its_optimizer(tmp_path, given):
+    args = Mixed(output_dir=str(tmp_path), report_to="none", use_cpu=True, max_steps=1, distill_from="start")
+    model = tiny_llama()
+    optimizers = (torch.optim.SGD(model.parameters(), lr=0.1), None) if given else (None, None)
+    trainer = transformers.Trainer(model=model, args=args, train_dataset=blocks(), optimizers=optimizers)
+    with pytest.raises(ValueError, match="distill_from='start' has no effect in this Trainer"):
+        trainer.train()
+
+
+def test_logits_of_some_positions_only_are_refused():
+    student, batch = tiny_llama(), default_data_collator(rows_with_gaps(4))
+    distillation = Distillation(Teacher.copied(other_llama(), None))
+    with pytest.raises(ValueError, match="leave logits_to_keep out of the batch"), distillation(student, batch):
+        student(**batch, logits_to_keep=3)
+
+
+def test_a_teacher_keeps_no_cache_of_the_batch_and_returns_no_tuples():
+    teacher = Teacher(tiny_llama(return_dict=False), name="t")
+    assert not teacher.model.config.get_text_config().use_cache
+    ids = torch.tensor([row["input_ids"] for row in blocks(2)])
+    assert teacher.logits_of({"input_ids": ids})(torch.tensor([0])).shape == (1, tiny_llama().vocab_size)

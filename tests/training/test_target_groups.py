@@ -11,11 +11,22 @@ import yaml
 from conftest import blocks, tiny_gpt2, tiny_llama
 from support.arguments import parse_arguments
 from support.config_files import save_config
-from transformers import Trainer, TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainerState, TrainingArguments
 
-from hf_padam import PAdam, PAdamTrainer, PAdamTrainingArguments, TargetSparsity, decayed_parameters, get_param_groups
+from hf_padam import (
+    PAdam,
+    PAdamTrainer,
+    PAdamTrainingArguments,
+    PNormScheduleCallback,
+    TargetSparsity,
+    TargetSparsityCallback,
+    decayed_parameters,
+    get_param_groups,
+)
 from hf_padam.optim.target_sparsity import steering_of
 from hf_padam.resuming.checkpoints import CheckpointError
+from hf_padam.training import callbacks
 from hf_padam.training.optim_args import parse_optim_args
 
 SHARES = {"mlp": 0.8, "attn": 0.5}
@@ -277,3 +288,25 @@ def test_groups_with_a_target_are_steered_by_any_trainer_unless_the_script_does(
 def test_groups_are_not_made_for_a_target_that_is_no_share(target):
     with pytest.raises(ValueError, match="target_sparsity=.* is not allowed: it must be a share of zeros"):
         get_param_groups(tiny_llama(), target_sparsity=target)
+
+
+@pytest.mark.parametrize(
+    "callback", [TargetSparsityCallback(0.5), PNormScheduleCallback()], ids=lambda c: type(c).__name__
+)
+def test_what_a_sharded_resume_did_not_load_is_not_begun_anew(callback, monkeypatch):
+    """Torch loads into the keys that sharded groups have, and a callback gives them theirs later."""
+    optimizer = PAdam([nn.Parameter(torch.ones(4, 4))], lr=1e-3, p_norm=0.5)
+    state = TrainerState(max_steps=20, global_step=5)
+    monkeypatch.setattr(callbacks, "local_shard", lambda param: (param, object()))
+    with pytest.raises(RuntimeError, match="was not loaded into the sharded optimizer.*get_param_groups"):
+        callback.on_train_begin(None, state, None, optimizer=optimizer)
+    state.global_step = 0
+    callback.on_train_begin(None, state, None, optimizer=optimizer)
+
+
+def test_a_group_on_its_way_that_nothing_steers_is_refused():
+    optimizer = PAdam([nn.Parameter(torch.ones(4, 4))], lr=1e-3, p_norm=0.5)
+    optimizer.param_groups[0]["target_step"] = 5
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(4, 4)
+    with pytest.raises(RuntimeError, match="is to arrive at a target_sparsity, and nothing steers it"):
+        optimizer.step()
