@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,26 @@ class DecayedOnDisk:
         )
 
 
+_LISTED = re.compile(r"(?!max_).*(layers?|blocks|depth|stages|experts)")
+"""Numbers in a config of which a model may make as many modules."""
+
+_MANY = 1000
+"""So many modules are made in a moment, whether there are tensors for them or not."""
+
+
+def _check_numbers(config: Any, most: int) -> None:
+    """Refuse a config that asks for so many modules that the list of them might fill the memory.
+
+    Raises:
+        ValueError: Naming the number.
+    """
+    for name, value in config.items() if isinstance(config, dict) else ():
+        if _LISTED.fullmatch(str(name)) and isinstance(value, int | float) and value > most:
+            raise ValueError(f"config.json says that there are {name}={value}, and there are fewer tensors")
+        for part in value if isinstance(value, list) else [value]:
+            _check_numbers(part, most)
+
+
 def skeleton(model: ModelDirectory) -> nn.Module:
     """Build the model that a checkpoint's config names, on the meta device; no code that comes with it is run.
 
@@ -63,11 +84,7 @@ def skeleton(model: ModelDirectory) -> nn.Module:
     """
     if not model.config:
         raise ValueError("no config.json")
-    parts: tuple[Any, ...] = (model.config, model.config.get("text_config"))
-    for part in parts:
-        for name in ("num_hidden_layers", "num_layers", "n_layer") if isinstance(part, dict) else ():
-            if isinstance(part.get(name), int) and part[name] > len(model.stored):  # of which a list might be made
-                raise ValueError(f"config.json says that there are {part[name]} layers, and there are fewer tensors")
+    _check_numbers(model.config, max(len(model.stored), _MANY))
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

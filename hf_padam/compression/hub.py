@@ -41,7 +41,7 @@ def find(source: str | Path, revision: str | None = None, token: str | None = No
     given = {name: value for name, value in asked.items() if value is not None}
     try:
         return Path(snapshot_download(str(source), ignore_patterns=_NOT_FETCHED, **given))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the library lets through what its own libraries raise
         at = "" if revision is None else f" at revision {revision!r}"
         message = f"{str(source)!r} is no directory here, and could not be had from the Hub{at}: {error}"
         raise CompressionError(message) from error
@@ -65,22 +65,28 @@ def upload(
         token: The access token for the Hub; by default that of HF_TOKEN or `hf auth login`.
 
     Raises:
-        CompressionError: If the directory is not intact.
+        CompressionError: If the directory is not intact, or the upload fails.
     """
     from huggingface_hub import HfApi
 
     with ModelDirectory(directory) as model:
         model.check()
     api = HfApi(token=token)
-    repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repository, branch=revision, exist_ok=True)
-    # Dense weights of an earlier upload would be loaded in place of the compressed ones. (A * takes in slashes, too:
-    # nothing in the repository's folders, such as checkpoints, may match.)
-    api.upload_folder(
-        repo_id=repository,
-        folder_path=str(directory),
-        revision=revision,
-        delete_patterns=["model.safetensors", "model-*-of-*.safetensors", INDEX, "pytorch_model*.bin*"],
-        commit_message="Upload compressed model",
-    )
+    try:
+        created = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(created, branch=revision, exist_ok=True)
+        # Dense weights of an earlier upload would be loaded in place of the compressed ones. (A * takes in slashes,
+        # too: nothing in the repository's folders, such as checkpoints, may match.)
+        api.upload_folder(
+            repo_id=created,
+            folder_path=str(directory),
+            revision=revision,
+            delete_patterns=["model.safetensors", "model-*-of-*.safetensors", INDEX, "pytorch_model*.bin*"],
+            commit_message="Upload compressed model",
+        )
+    except Exception as error:  # see `find`
+        raise CompressionError(
+            f"the upload to {repository!r} failed: {error}. {directory} is whole; to upload it again: "
+            f"hf upload {repository} {directory}"
+        ) from error

@@ -318,7 +318,7 @@ def unpack(packed: memoryview, where: str) -> tuple[TensorInfo, Tensor]:
     """
     info, start = unpack_head(packed, where)
     dtype = torch_dtype(info)
-    data = torch.empty(info.nbytes, dtype=torch.uint8)
+    data = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
     dense = data.numpy()
     for words, (offset, size) in zip(unpacked(info, packed, start), info.chunks, strict=True):
         dense[offset : offset + size].view(info.word)[:] = words

@@ -49,7 +49,12 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handle = os.open(path, os.O_RDONLY)
+        try:
+            self._handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise self._unreadable(error) from None
         try:
             self._read_header(os.fstat(self._handle).st_size)
         except BaseException:
@@ -99,11 +104,17 @@ class TensorFile:
         data = bytearray(size)
         done = 0
         while done < size:  # the system reads 2 GB at most at a time
-            count = os.preadv(self._handle, [memoryview(data)[done:]], start + done)
+            try:
+                count = os.preadv(self._handle, [memoryview(data)[done:]], start + done)
+            except OSError as error:
+                raise self._unreadable(error) from None
             if not count:
                 raise self._damaged(f"it ends {size - done:,} bytes too early")
             done += count
         return data
+
+    def _unreadable(self, error: OSError) -> CompressionError:
+        return CompressionError(f"{self.path} cannot be read: {error}. {REMEDY}")
 
     def _damaged(self, what: str) -> CompressionError:
         return CompressionError(f"{self.path} is damaged: {what}. {REMEDY}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..resuming.checkpoints import KNOWN_JSON
 from .hub import find
 from .model_directory import CONFIG, OTHER_WEIGHTS, ModelDirectory
 from .packing import REMEDY, CompressionError
@@ -132,7 +133,7 @@ def _check_others(model: ModelDirectory, names: list[str], found: Verification) 
         elif name.endswith(".safetensors"):
             if _holds(found, lambda file: TensorFile(file).close(), path):
                 found.checked.append(f"{name}: its header, and the sizes and places of its tensors")
-        elif name.endswith(".json"):
+        elif KNOWN_JSON.fullmatch(name):
             if _holds(found, _parse, path):
                 found.checked.append(f"{name}: it is JSON")
         else:
@@ -156,3 +157,5 @@ def _parse(path: Path) -> None:
         json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CompressionError(f"{path} is damaged: it does not hold JSON ({error}). {REMEDY}") from None
+    except OSError as error:
+        raise CompressionError(f"{path} cannot be read: {error}. {REMEDY}") from None

@@ -9,10 +9,12 @@ from unittest import mock
 import pytest
 import torch
 import xxhash
+from conftest import tiny_llama
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hf_padam import compress, decompress
+from hf_padam.compression.decayed_on_disk import DecayedOnDisk
 from hf_padam.compression.model_directory import ModelDirectory, unpack
 from hf_padam.compression.packing import MAX_HEAD, CompressionError, TensorInfo, pack_chunk, pack_head, unpack_head
 from hf_padam.compression.sparsity_report import SparsityReport
@@ -146,3 +148,23 @@ def test_a_config_that_is_none_is_one_clear_error(config, dense, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((dense / "model.safetensors").read_bytes())
     with pytest.raises(CompressionError, match="config.json is damaged: it does not hold a JSON object"):
         ModelDirectory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"num_hidden_layers": 10**9},
+        {"n_layers": 10**9},
+        {"decoder_layers": 10**9},
+        {"vision_config": {"num_hidden_layers": 10**9}},
+        {"audio_config": {"encoder": [{"depth": 1e9}]}},
+        {"num_local_experts": 10**9},
+    ],
+    ids=str,
+)
+def test_a_config_that_asks_for_a_billion_modules_makes_none(tmp_path, numbers):
+    tiny_llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | numbers))
+    with ModelDirectory(tmp_path) as model:
+        assert "=1000000000" in (said := DecayedOnDisk.of(model).source) or "=1000000000.0" in said

@@ -125,3 +125,16 @@ def test_what_is_damaged_is_not_uploaded(models, tmp_path):
     with mock.patch("huggingface_hub.HfApi") as api, pytest.raises(CompressionError, match="config.json"):
         upload(directory, "me/sparse")
     api.assert_not_called()
+
+
+def test_whatever_the_hubs_library_raises_is_told_in_a_line(models, tmp_path):
+    class Unreachable(Exception):
+        """As its HTTP library raises."""
+
+    with mock.patch("huggingface_hub.snapshot_download", side_effect=Unreachable("no route")):
+        with pytest.raises(SystemExit, match="hf-padam sparsity: .*could not be had from the Hub: no route"):
+            main(["sparsity", "me/model"])
+    with mock.patch("huggingface_hub.HfApi.create_repo", side_effect=Unreachable("no route")):
+        with pytest.raises(SystemExit, match="the upload to 'me/small' failed: no route. .* is whole"):
+            main(["compress", str(models / "dense"), str(tmp_path / "small"), "--push_to_hub", "me/small"])
+    assert verify(tmp_path / "small").intact

@@ -220,7 +220,7 @@ def test_a_config_of_more_layers_than_there_are_tensors_fills_no_memory(tmp_path
     tiny_llama().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 10**9}
     (tmp_path / "config.json").write_text(json.dumps(config | {"layer_types": None}))
-    assert "1000000000 layers, and there are fewer tensors" in report_of(tmp_path, capsys)["decayed_by"]
+    assert "num_hidden_layers=1000000000, and there are fewer tensors" in report_of(tmp_path, capsys)["decayed_by"]
 
 
 @pytest.mark.parametrize("family", ["gpt-oss", "mixtral"])

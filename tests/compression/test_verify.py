@@ -197,3 +197,24 @@ def test_what_is_no_model_is_a_clear_error_with_a_status_of_its_own(what, origin
     streams = capsys.readouterr()
     assert stop.value.code == 2 and not streams.out
     assert streams.err.startswith("hf-padam verify: ") and str(path) in streams.err and streams.err.count("\n") == 1
+
+
+def test_a_file_that_is_a_document_a_line_is_the_users_affair(directory, capsys):
+    (directory / "predictions.json").write_text('{"a": 1}\n{"a": 2}\n')
+    status, said = run(directory, capsys)
+    assert status == 0 and "predictions.json" in said.partition("not checked")[2]
+    (directory / "generation_config.json").write_text('{"a": 1}\n{"a": 2}\n')
+    assert run(directory, capsys)[0] == 1
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_one_of_the_problems(directory, capsys, monkeypatch):
+    read = os.preadv
+
+    def fails(handle, buffers, offset):
+        if os.readlink(f"/proc/self/fd/{handle}").endswith(weights(directory)[-1].name):
+            raise OSError(5, "Input/output error")
+        return read(handle, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", fails)
+    status, said = run(directory, capsys)
+    assert status == 1 and f"{weights(directory)[-1].name} cannot be read: " in said
