@@ -246,7 +246,7 @@ def time_trainer(
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler is chatty
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     fitting = [name for name in MODELS if device.type != "cpu" or name != "llama-1.1b"]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=fitting)

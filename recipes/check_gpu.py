@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from support.gpu_checks import PARTS, Part
+from support.gpu_checks import PARTS, Part, PartFailed
 
 import hf_padam
 from hf_padam.files import write_atomically
@@ -68,6 +69,7 @@ def check(parts: Sequence[Part], device: torch.device) -> list[dict[str, Any]]:
             result["figures"] = part.check(device)
         except Exception as error:  # whatever it is, it goes into the report
             result |= {"passed": False, "error": f"{type(error).__name__}: {error}"}
+            result |= {"figures": error.figures} if isinstance(error, PartFailed) else {}
         result["seconds"] = round(time.perf_counter() - start, 1)
         print(f"{part.name}: {'passed' if result['passed'] else result['error']} ({result['seconds']} s)", flush=True)
         results.append(result)
@@ -127,7 +129,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], help="some of the parts only")
     options = parser.parse_args(argv)
     parts = [part for part in PARTS if not options.parts or part.name in options.parts]
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    # One GPU: over several, the plain Trainer would run DataParallel, of which the figures know nothing.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device.type not in ("cuda", "xpu"):
         print(f"No GPU that Triton knows was found ({device.type} only). On one, this would:")
         for part in parts:

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def test_without_a_gpu_it_says_what_it_would_do_and_exits_with_2(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     assert check_gpu.main(["--output", str(tmp_path / "report")]) == 2
     said = capsys.readouterr().out
     assert "No GPU" in said and all(f"- {part.name}: {part.what}" in said for part in gpu_checks.PARTS)
@@ -44,11 +44,12 @@ def test_it_names_every_option_of_what_it_starts(monkeypatch, tmp_path):
     outside = ("marked tests", "speed", "Trainer", "FSDP2", "quickstart")
     results = check_gpu.check([part for part in gpu_checks.PARTS if part.name in outside], CPU)
     assert [r["passed"] for r in results] == [True] * 5, results
-    tests, speed, trainer, fsdp, whole = commands
+    tests, *speeds, trainer, fsdp, whole = commands
     assert "gpu" in tests
     monkeypatch.setattr(benchmark_step, "time_steps", lambda *a: [])
     monkeypatch.setattr(benchmark_step, "time_trainer", lambda *a: [])
-    for command in (speed, trainer):
+    assert len(speeds) == 3
+    for command in (*speeds, trainer):
         assert command[0].endswith("benchmark_step.py")
         benchmark_step.main(command[1 : command.index("--output")])  # exits if it does not know an option
     assert whole[0].endswith("finetune_clm.py")
@@ -64,7 +65,7 @@ def test_it_names_every_option_of_what_it_starts(monkeypatch, tmp_path):
 
 
 def test_parity_is_checked_with_another_backend():
-    figures = gpu_checks.parity(CPU, "eager", elements=1003)
+    figures = gpu_checks.parity(CPU, "eager", sizes=(1003, 512))
     assert set(figures.values()) <= {0.0}
 
 
@@ -76,14 +77,14 @@ def test_parity_sees_a_backend_that_differs(monkeypatch):
 
     monkeypatch.setitem(gpu_checks.BACKENDS, "wrong", SimpleNamespace(step=wrong))
     with pytest.raises(AssertionError, match="wrong differs from eager: fp32, magnitude"):
-        gpu_checks.parity(CPU, "wrong", elements=1003)
+        gpu_checks.parity(CPU, "wrong", sizes=(1003, 512))
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/optim/test_triton.py runs it")
 def test_parity_holds_under_the_interpreter_of_triton(monkeypatch):
     # In fp32 only: the interpreter, not the GPU, truncates where 16 bits should be rounded.
     monkeypatch.setattr(gpu_checks, "DTYPES", {"fp32": gpu_checks.DTYPES["fp32"]})
-    assert gpu_checks.parity(CPU, elements=2051)
+    assert gpu_checks.parity(CPU, sizes=(2051, 4096, 48))
 
 
 def test_an_overflow_is_forced_and_changes_nothing():
@@ -111,7 +112,7 @@ def test_the_report_names_the_hardware_what_failed_and_which_aims_are_missed(tmp
 
     parts = [gpu_checks.Part("speed", lambda device: {"rows": rows}), gpu_checks.Part("broken", fails)]
     monkeypatch.setattr(check_gpu, "PARTS", parts)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("xpu"))
     assert check_gpu.main(["--output", str(tmp_path / "report")]) == 1
     text, stored = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "report.json").read_text())
     assert [part["passed"] for part in stored["parts"]] == [True, False]
@@ -119,3 +120,22 @@ def test_the_report_names_the_hardware_what_failed_and_which_aims_are_missed(tmp
     assert "ValueError: no such kernel" in text and "| broken | **failed** |" in text
     assert "**missed**: a step takes at most 1.05 of fused AdamW's time: 1.2" in text
     assert "- met: at least 0.9 of a copy's bandwidth" in text and "- met: at most 1% more memory" in text
+
+
+def test_figures_from_before_a_model_that_does_not_fit_are_kept(monkeypatch):
+    def benchmark(*options):
+        if "llama-1.1b" in options:
+            raise RuntimeError("CUDA out of memory")
+        return [ROW | {"optimizer": "PAdam triton", "model": options[1]}]
+
+    monkeypatch.setattr(gpu_checks, "_benchmark", benchmark)
+    (result,) = check_gpu.check([part for part in gpu_checks.PARTS if part.name == "speed"], CPU)
+    assert not result["passed"] and "llama-1.1b: CUDA out of memory" in result["error"]
+    assert [row["model"] for row in result["figures"]["rows"]] == ["smollm2-135m", "gpt2"]
+
+
+def test_it_keeps_to_one_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    monkeypatch.setattr(check_gpu, "PARTS", [])
+    check_gpu.main(["--output", str(tmp_path / "report")])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
