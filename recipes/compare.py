@@ -73,12 +73,13 @@ def plan_jobs(plan: dict[str, Any], extra: dict[str, Any], directory: Path) -> d
             name = re.sub(r"[^a-z0-9.]+", "_", f"{method} {setting(options)}".lower()).strip("_")
             merged = plan["options"] | options | extra | {"seed": seed}
             jobs[method, number, seed] = Job(plan["recipe"], merged, directory / f"{name}-seed{seed}")
-    for key, job in jobs.items():
+    planned = dict(jobs)
+    for key, job in planned.items():
         changes, needs = {}, []
         for name in ("distill_from", "resume_from_checkpoint"):
             method, slash, checkpoint = str(job.options.get(name, "")).partition("/")
             if method in plan["methods"]:
-                others = [other for other_key, other in jobs.items() if other_key[::2] == (method, key[2])]
+                others = [other for other_key, other in planned.items() if other_key[::2] == (method, key[2])]
                 other = _counterpart(job, method, others)
                 if name == "resume_from_checkpoint":
                     _check_branch(job, other, checkpoint)
@@ -104,7 +105,7 @@ def _counterpart(job: Job, method: str, candidates: list[Job]) -> Job:
 
 
 _NOT_BEFORE = {
-    "distill_from", "seed", "one_shot", "one_shot_by", "prune_to", "prune_by", "prune_start", "prune_end",
+    "seed", "one_shot", "one_shot_by", "prune_to", "prune_by", "prune_start", "prune_end",
     "prune_interval", "calibration_samples", "save_strategy", "save_steps", "save_total_limit",
     "resume_from_checkpoint",
 }  # fmt: skip
