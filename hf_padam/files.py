@@ -252,22 +252,24 @@ def staged_new_directory(directory: str | Path, replace: bool = False, last: str
             raise FileExistsError(f"{directory} exists already: name another directory, or delete that one first")
         with _temporary(unshared(Path(f"{hidden}{INCOMPLETE}"), alone)) as temporary:
             yield temporary
-            flush_tree(temporary)
-            if replace and directory.exists():
-                discard(replaced)
-                os.rename(directory, replaced)
-            elif directory.is_dir():  # free, but for what a kill has left
-                (directory / LOCK).unlink(missing_ok=True)
-                discard(directory / INCOMPLETE)
-            try:
-                os.rename(temporary, directory)
-            except OSError:
-                if replaced.exists():
-                    os.rename(replaced, directory)
-                raise
-            flush(directory.parent)
+            publish(temporary, directory, replaced)
             if replaced.exists():  # deleted in a moment: a kill then must not leave half of it to come back
                 os.rename(replaced, temporary)
+
+
+def publish(temporary: Path, directory: Path, replaced: Path) -> None:
+    """Rename a directory to its place, once it is on the disk. What is there goes to `replaced`, or stays."""
+    flush_tree(temporary)
+    if directory.exists():
+        discard(replaced)
+        os.rename(directory, replaced)
+    try:
+        os.rename(temporary, directory)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, directory)
+        raise
+    flush(directory.parent)
 
 
 def is_free(directory: Path) -> bool:

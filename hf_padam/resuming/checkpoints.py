@@ -22,7 +22,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..files import INCOMPLETE, BusyError, describe_disk, discard, flush, flush_tree, locked, unshared
+from ..files import INCOMPLETE, BusyError, describe_disk, discard, locked, publish, unshared
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,12 @@ _TORCH_FILE = re.compile(
     r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|custom_checkpoint|pytorch_model|adapter_model"
     r"|training_args|\w+_states).*\.(pt|pth|bin|pkl)"
 )
+KNOWN_JSON = re.compile(
+    r"(config|generation_config|adapter_config|\w*processor_config|tokenizer|tokenizer_config|special_tokens_map"
+    r"|added_tokens|vocab|\w+_state|.*\.index)\.json"
+)
+"""The files of these names hold JSON. Others may hold what their writer likes, a document a line for example."""
+
 _SENTINEL = "checkpoint-is-incomplete.txt"  # of transformers' enable_jit_checkpoint
 
 
@@ -191,7 +197,7 @@ def _file_defect(file: Path, checksums: bool) -> str | None:
         ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
         expected = start + max(ends, default=0)
         return None if size == expected else f"has {size:,} bytes where its header says {expected:,}"
-    if file.suffix == ".json":
+    if KNOWN_JSON.fullmatch(file.name):
         content = json.loads(file.read_text(encoding="utf-8"))
         shards = set(content["weight_map"].values()) if file.name.endswith(".index.json") else set()
         missing = sorted(shard for shard in shards if not (file.parent / shard).is_file())
@@ -311,18 +317,9 @@ def _publishes(home: Path) -> bool:
 
 def _publish(staging: Path, checkpoint: Path) -> None:
     _mark(staging)
-    flush_tree(staging)
-    replaced = staging.with_name(f"replaced-{checkpoint.name}")
     if checkpoint.exists():
         logger.warning("%s is replaced by a new one of the same step.", checkpoint)
-        os.rename(checkpoint, replaced)
-    try:
-        os.rename(staging, checkpoint)
-    except OSError:
-        if replaced.exists():
-            os.rename(replaced, checkpoint)
-        raise
-    flush(checkpoint.parent)
+    publish(staging, checkpoint, staging.with_name(f"replaced-{checkpoint.name}"))
     discard(staging.parent)
 
 

@@ -35,7 +35,7 @@ class Place:
 
     def __init__(self, seed: int, process: int, apart: bool = True) -> None:
         self.seed, self.process, self.apart = seed, process, apart
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may outlive an epoch
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()  # workers may outlive an epoch
         self._warned = False
 
     @property
@@ -113,7 +113,8 @@ def settle_draws(loader: Any, place: Place) -> None:
     vars(base).update(changes)  # past torch's guard, which is for changes of what is loaded
     if place.apart and base.persistent_workers and base.generator is None:
         # Workers are started once in a run, in a resumed run twice: what that draws must not be the model's.
-        vars(base).update(generator=torch.Generator().manual_seed(place.key("workers")))
+        generator = torch.Generator(torch.get_default_device())  # where the loader draws their seed
+        vars(base).update(generator=generator.manual_seed(place.key("workers")))
 
 
 def are_settled(loader: Any) -> bool:

@@ -232,7 +232,7 @@ class ResumableTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log; a mean loss is that of all the run's steps, or of those since a checkpoint that does not say theirs."""
-        if "train_loss" in logs:
+        if {"train_loss", "train_runtime"} <= logs.keys():  # those that training ends with
             steps = self.state.global_step - (0 if "total_loss" in self._resumed else self._first_step)
             logs["train_loss"] = self._total_loss_scalar / max(steps, 0.001)
         super().log(logs, *args, **kwargs)

@@ -26,7 +26,7 @@ def hyperparameters(optimizer: Optimizer) -> dict[str, list[Any]]:
     names = set(groups[0]) - {"params", "param_names", "initial_lr", FINAL, *STATE, *SCALE_STATE, EARLIER_STATE}
     names -= {"target_pool"}  # which follows from the others, and from the parameters
     if {"target_sparsity", "target_step"} & set(groups[0]):
-        names.remove("lambda_p")  # a result
+        names.discard("lambda_p")  # a result
     return {name: [group.get(name) for group in groups] for name in sorted(names)}
 
 

@@ -66,6 +66,8 @@ def warn_of_strangers(model: nn.Module, optimizer: Any) -> None:
     meant = [id(group) for i, group in enumerate(groups) if i in named]
     others = [group for group in _decaying_groups(optimizer) if id(group) not in meant]
     decaying = {id(param) for group in others for param in group["params"]}
+    if not decaying:
+        return
     proper = linear_matrices(model) - {id(param) for param in embedding_weights(model)}
     strangers = [name for name, param in model.named_parameters() if id(param) in decaying - proper]
     if strangers:

@@ -55,7 +55,7 @@ def embedding_weights(model: nn.Module) -> Iterator[Tensor]:
         for role in ("get_input_embeddings", "get_output_embeddings"):
             try:
                 embedding = getattr(module, role)()
-            except (AttributeError, NotImplementedError):  # not a Transformers model, or one without that role
+            except Exception:  # not a Transformers model, or one without that role, or code of its own
                 continue
             if isinstance(embedding, nn.Module):
                 yield from embedding.parameters()

@@ -258,7 +258,11 @@ class PAdamTrainer(DistillingTrainer):
             self._said.add(meter.reason)
             logger.warning("No %s_perplexity is reported: %s.", metric_key_prefix, meter.reason)
         prefixed = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
-        return output._replace(metrics={**(output.metrics or {}), **prefixed})
+        own = output.metrics or {}
+        for key in sorted((prefixed.keys() & own.keys()) - self._said):
+            self._said.add(key)
+            logger.warning("%s is what compute_metrics returns, not what PAdamTrainer reports under this name.", key)
+        return output._replace(metrics=prefixed | own)
 
     def _loss_is_enough(self, meter: PerplexityMeter, labels: Tensor, shifted: bool) -> bool:
         """Whether the loss of every batch is known to be the mean NLL of the tokens that the meter counts.

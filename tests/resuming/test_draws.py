@@ -353,3 +353,13 @@ def test_generators_of_functions_that_a_stream_of_datasets_maps_are_pointed_out(
     assert "maps, or is made from, draw" not in caplog.text
     run(tmp_path / "mapped", rows_from(mapped_stream)())
     assert "maps, or is made from, draw" in caplog.text
+
+
+def test_the_default_device_is_not_where_the_place_in_the_data_is_kept():
+    torch.set_default_device("meta")
+    try:
+        place = Place(0, 0)
+        place.epoch = 3
+        assert place.epoch == 3
+    finally:
+        torch.set_default_device(None)

@@ -233,3 +233,41 @@ def test_the_measurement_counts_what_the_config_says_decayed():
     model.config.padam_decays = {"dense_modules": ["q_proj"]}
     expected = sum(param.numel() for name, param in decayed_parameters(model).items() if "q_proj" not in name)
     assert WeightSparsity().compute(model=model)["decayed_parameters"] == expected
+
+
+def test_a_model_whose_own_code_answers_otherwise_does_not_end_a_run(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.linear = tiny_llama(), nn.Linear(4, 4)
+
+        def get_input_embeddings(self, input_ids):
+            raise AssertionError("this is a method of its own")
+
+        def forward(self, input_ids, labels):
+            return self.inner(input_ids=input_ids, labels=labels)
+
+    args = TrainingArguments(**options(tmp_path, optim="padam", optim_args="decay_embeddings=false"))
+    Trainer(model=Odd(), args=args, train_dataset=blocks()).train()
+
+
+class Score:
+    """`compute_metrics` with a name that PAdamTrainer has, too."""
+
+    def __call__(self, prediction):
+        return {"sparsity": 7.0, "eval_perplexity": 8.0}
+
+
+def test_a_metric_of_the_users_own_is_not_replaced_and_that_is_said_once(tmp_path, caplog):
+    trainer = padam_trainer(tmp_path)
+    trainer.compute_metrics = Score()
+    found = [trainer.evaluate() for _ in range(2)]
+    assert [one["eval_sparsity"] for one in found] == [7.0, 7.0] and found[0]["eval_perplexity"] == 8.0
+    assert 0 <= found[0]["eval_sparsity_total"] < 0.1
+    assert sum("eval_sparsity is what compute_metrics returns" in message for message in caplog.messages) == 1
+
+
+def test_a_train_loss_that_the_user_logs_is_left_as_it_is(tmp_path):
+    trainer = padam_trainer(tmp_path)
+    trainer.log({"train_loss": 5.0})
+    assert trainer.state.log_history[-1]["train_loss"] == 5.0

@@ -214,3 +214,15 @@ def test_another_target_scope_on_resume_is_a_clear_error(tmp_path, before, now):
     trainer(before).train()
     with pytest.raises(CheckpointError, match="checkpoint-2 is of other parameter groups.*Give target_scope"):
         trainer(now).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_foreign_key_does_not_keep_a_run_from_going_on(tmp_path):
+    def trainer(steps):
+        model = tiny_llama()
+        optimizer = torch.optim.SGD([{"params": list(model.parameters()), "target_sparsity": 0.9}], lr=0.01)
+        settings = dict(optim="sgd", max_steps=steps, save_strategy="steps", save_steps=1)
+        args = arguments(PAdamTrainingArguments, tmp_path, **settings)
+        return PAdamTrainer(model=model, args=args, train_dataset=blocks(), optimizers=(optimizer, None))
+
+    trainer(1).train()
+    trainer(2).train(resume_from_checkpoint=True)
