@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +31,7 @@ from .hyperparameters import (
     plain_group,
 )
 from .importance import REFERENCE, SCALE, SCALE_STATE, check_steered, count_anew, count_step, needs_scale, update_scale
-from .plan import MOMENTS, Plan, Tensors, check_dense, gradients
+from .plan import MOMENTS, Bucket, Plan, Tensors, check_dense, gradients, united
 from .random_bits import Rounding, random_key
 from .schedules import check_moved
 from .target_options import STATE
@@ -256,19 +257,24 @@ class PAdam(Optimizer):
         selected = {device: backends.select(self.backend, device, count) for device, count in plan.elements.items()}
         finished = 0
         try:
-            for bucket in plan.buckets:
-                group, number, rounding = self.param_groups[bucket.group], bucket.taken + 1, None
-                options = {name: group[name] for name in HYPERPARAMETERS + VARIANTS} | {"lr": float(group["lr"])}
-                options |= {name: group[name] for name in (REFERENCE, SCALE) if name in group}
-                if bucket.rounds:
-                    rounding = Rounding(random_key(group["rounding_seed"], number), bucket.keys)
-                scalars, lists = prepare(number, **options), bucket.lists(tensors)
-                self._run(selected[bucket.device], lists, scalars, rounding, bucket.kept)
-                finished += 1
+            for (scalars, device, _, step_key), same in groupby(plan.buckets, self._how):
+                buckets = list(same)
+                bucket = united(buckets, tensors)
+                rounding = None if step_key is None else Rounding(step_key, bucket.keys)
+                self._run(selected[device], bucket.lists(tensors), scalars, rounding, bucket.kept)
+                finished += len(buckets)
             count_step(self)
         finally:
             plan.count(finished)
         return loss
+
+    def _how(self, bucket: Bucket) -> tuple[Scalars, torch.device, tuple, int | None]:
+        """Return what is done to a bucket, and where: one launch does it to all that follow one another and agree."""
+        group, number = self.param_groups[bucket.group], bucket.taken + 1
+        options = {name: group[name] for name in HYPERPARAMETERS + VARIANTS} | {"lr": float(group["lr"])}
+        options |= {name: group[name] for name in (REFERENCE, SCALE) if name in group}
+        step_key = random_key(group["rounding_seed"], number) if bucket.rounds else None
+        return prepare(number, **options), bucket.device, (bucket.dtypes, bucket.follows), step_key
 
     def _prepare(self) -> tuple[Tensors, Plan]:
         """Return what the step is about and its plan; make a new one, and state that is missing, if it has changed."""

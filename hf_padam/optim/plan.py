@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
@@ -42,16 +42,31 @@ class Bucket:
     device: torch.device
     rounds: bool  # stochastically
     taken: int  # steps so far
+    dtypes: tuple[torch.dtype | None, ...]
     follows: bool  # whether there is `s`
     places: list[int] = field(default_factory=list)  # in `Tensors`
     keys: list[int] = field(default_factory=list)  # random, one for each tensor
     whole: bool = False  # whether the places are all there are, in order
     kept: dict[Any, Any] = field(default_factory=dict)  # see `backends`
+    runs: dict[int, Bucket] = field(default_factory=dict)  # see `united`
 
     def lists(self, tensors: Tensors) -> tuple[list[Tensor], ...]:
         """Return its part of each list, four or, with `s`, five."""
         lists: tuple[list[Any], ...] = tensors[: 5 if self.follows else 4]
         return lists if self.whole else tuple([values[i] for i in self.places] for values in lists)
+
+
+def united(buckets: list[Bucket], tensors: Tensors) -> Bucket:
+    """Return consecutive buckets as one, for what is to be done to all of them alike; kept by the first of them."""
+    first, number = buckets[0], len(buckets)
+    if number == 1:
+        return first
+    if number not in first.runs:
+        places = [place for bucket in buckets for place in bucket.places]
+        keys = [key for bucket in buckets for key in bucket.keys]
+        whole = places == list(range(len(tensors.params)))
+        first.runs[number] = replace(first, places=places, keys=keys, whole=whole, kept={}, runs={})
+    return first.runs[number]
 
 
 class Plan:
@@ -95,7 +110,7 @@ class Plan:
             taken, device = int(own["step"]), values[0].device
             dtypes = tuple(t if t is None else t.dtype for t in values)
             rounds = group["bf16_stochastic_round"] and torch.bfloat16 in (dtypes[0], dtypes[3])
-            new = Bucket(number, device, rounds, taken, "s" in own)
+            new = Bucket(number, device, rounds, taken, dtypes, "s" in own)
             bucket = buckets.setdefault((number, taken, device, dtypes), new)
             bucket.places.append(i)
             bucket.keys.append(random_key(group["rounding_seed"], place, *shard_coordinate(params[place])))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_padam import PAdam, TargetSparsity, add_pnorm_decay
+from hf_padam import PAdam, PAdam8bit, TargetSparsity, add_pnorm_decay
 from hf_padam.optim.backends import BACKENDS, eager
 from hf_padam.optim.patterns import PATTERN
 
@@ -465,3 +465,40 @@ def test_a_step_that_fails_before_it_begins_leaves_no_decay_that_nothing_steers(
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step(closure)
     assert all(group["reference"] == 0 for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+@pytest.mark.parametrize("optimizer_class", [PAdam, PAdam8bit])
+def test_groups_to_which_the_same_is_done_take_their_step_together(backend, optimizer_class, monkeypatch):
+    """As those of target_scope="layer" do while zeros are held, one group for each matrix."""
+    if optimizer_class is PAdam8bit:
+        pytest.importorskip("torchao")
+
+    def built(together):
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(64, 64, generator=generator)) for _ in range(6)]
+        lists = [params[:4], params[4:]] if together else [[param] for param in params]
+        groups = [{"params": own, "lr": 1e-3 if own[0] in set(params[:4]) else 1e-2} for own in lists]
+        return params, optimizer_class(groups, p_norm=0.5, lambda_p=0.05, backend=backend)
+
+    calls = []
+    step = BACKENDS[backend].step
+    monkeypatch.setattr(BACKENDS[backend], "step", lambda *a, **k: calls.append(len(a[0])) or step(*a, **k))
+    (params, optimizer), (twins, other) = built(True), built(False)
+    for i in range(3):
+        set_gradients(params, i)
+        set_gradients(twins, i)
+        optimizer.step()
+        by_two, calls[:] = calls[:], []
+        other.step()
+        assert calls == by_two
+        calls.clear()
+        if i == 1:
+            for group in (optimizer.param_groups[0], *other.param_groups[:4]):
+                group["lr"] = 2e-3
+    assert all(map(torch.equal, params, twins))
+    other.param_groups[1]["lr"] = 3e-3  # ends what is done to the first four together
+    set_gradients(twins, 4)
+    other.step()
+    if optimizer_class is PAdam:
+        assert calls == [1, 1, 2, 2]

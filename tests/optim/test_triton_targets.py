@@ -165,6 +165,8 @@ def check(kernel: Kernel) -> None:
     if target.backend == "cuda":
         registers, spilled = cuda_resources(result.asm["cubin"])
         loads, stores = (cuda_accesses(result.asm["ptx"], verb) for verb in ("ld", "st"))
+        if kernel.form not in (Form.BELOW_TWO, Form.ABOVE_TWO) and not kernel.s:  # a logarithm is made of some
+            assert not re.search(r"\bfma\.\S*f32", result.asm["ptx"]), kernel
         tables = Counter({4: 1 + kernel.rounds, 8: 2 + len(kernel.sizes)})  # AMD's come by other instructions
     else:
         registers, spilled = hip_resources(result.asm["amdgcn"])
