@@ -130,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     parts = [part for part in PARTS if not options.parts or part.name in options.parts]
     # One GPU: over several, the plain Trainer would run DataParallel, of which the figures know nothing.
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    for name in {"CUDA_VISIBLE_DEVICES", *({"HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"} & os.environ.keys())}:
+        os.environ[name] = os.environ.get(name, "0").split(",")[0]
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device.type not in ("cuda", "xpu"):
         print(f"No GPU that Triton knows was found ({device.type} only). On one, this would:")

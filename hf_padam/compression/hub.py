@@ -87,6 +87,6 @@ def upload(
         )
     except Exception as error:  # see `find`
         raise CompressionError(
-            f"the upload to {repository!r} failed: {error}. {directory} is whole; to upload it again: "
-            f"hf upload {repository} {directory}"
+            f"the upload to {repository!r} failed: {error}. {directory} is whole: "
+            f"hf_padam.compression.hub.upload({str(directory)!r}, {repository!r}, {private=}, {revision=}) tries again"
         ) from error

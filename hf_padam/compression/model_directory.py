@@ -254,7 +254,10 @@ class ModelDirectory:
 
     def _read(self, name: str) -> bytes | None:
         path = self.path / name
-        return path.read_bytes() if path.is_file() else None
+        try:
+            return path.read_bytes() if path.is_file() else None
+        except OSError as error:
+            raise CompressionError(f"{path} cannot be read: {error}. {REMEDY}") from None
 
     def _parse(self, name: str, data: bytes) -> dict[str, Any]:
         try:

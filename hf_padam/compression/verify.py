@@ -133,7 +133,7 @@ def _check_others(model: ModelDirectory, names: list[str], found: Verification) 
         elif name.endswith(".safetensors"):
             if _holds(found, lambda file: TensorFile(file).close(), path):
                 found.checked.append(f"{name}: its header, and the sizes and places of its tensors")
-        elif KNOWN_JSON.fullmatch(name):
+        elif name.endswith(".json"):
             if _holds(found, _parse, path):
                 found.checked.append(f"{name}: it is JSON")
         else:
@@ -154,8 +154,20 @@ def _holds(found: Verification, check: Callable[..., None], *arguments: Any, **o
 
 def _parse(path: Path) -> None:
     try:
-        json.loads(path.read_bytes())
+        text = path.read_bytes()
+        for document in [text] if KNOWN_JSON.fullmatch(path.name) else _documents(text):
+            json.loads(document)
     except (ValueError, RecursionError) as error:
         raise CompressionError(f"{path} is damaged: it does not hold JSON ({error}). {REMEDY}") from None
     except OSError as error:
         raise CompressionError(f"{path} cannot be read: {error}. {REMEDY}") from None
+
+
+def _documents(text: bytes) -> list[bytes]:
+    """Return the lines of a text if the first of them is a document by itself, else the text."""
+    lines = text.strip().splitlines() or [text]
+    try:
+        json.loads(lines[0])
+    except ValueError:
+        return [text]
+    return lines

@@ -199,7 +199,7 @@ def _file_defect(file: Path, checksums: bool) -> str | None:
         return None if size == expected else f"has {size:,} bytes where its header says {expected:,}"
     if KNOWN_JSON.fullmatch(file.name):
         content = json.loads(file.read_text(encoding="utf-8"))
-        shards = set(content["weight_map"].values()) if file.name.endswith(".index.json") else set()
+        shards = set(content.get("weight_map", {}).values()) if file.name.endswith(".index.json") else set()
         missing = sorted(shard for shard in shards if not (file.parent / shard).is_file())
         return f"names {missing[0]}, which is missing" if missing else None
     if file.suffix == ".distcp":  # torch.distributed.checkpoint writes .metadata after all shards

@@ -55,7 +55,9 @@ class TargetSparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach to the optimizer, now that the number of steps is known."""
-        _check_loaded(kwargs["optimizer"], state, "target_step", "get_param_groups(model, target_sparsity=...)")
+        if self._plan["target"] is not None:  # else the groups had theirs from the beginning
+            cure = 'target_sparsity in optim_args ("target_sparsity=0.5"), in place of this callback'
+            _check_loaded(kwargs["optimizer"], state, "target_step", cure)
         self._steering = TargetSparsity(kwargs["optimizer"], total_steps=state.max_steps, **self._plan)
 
     def on_step_begin(
@@ -178,8 +180,9 @@ def _check_loaded(optimizer: Any, state: TrainerState, key: str, cure: str) -> N
     sharded = any(local_shard(param)[1] is not None for group in groups for param in group["params"])
     if state.global_step and sharded:
         raise RuntimeError(
-            f"the checkpoint's {key!r} was not loaded into the sharded optimizer, whose groups did not have it, so "
-            f"this run cannot go on: build them with {cure}"
+            f"{key!r} is not in the sharded optimizer's groups, into which torch loads only what they have: if the "
+            f"checkpoint's run had it, it is lost, and the run cannot go on exactly. Take {cure}; or save "
+            "whole states (fsdp_state_dict_type: FULL_STATE_DICT)"
         )
 
 
@@ -234,7 +237,8 @@ class PNormScheduleCallback(TrainerCallback):
         schedule = self._schedule(args)
         check_schedule(*schedule)
         if schedule[-1] != "constant":
-            _check_loaded(kwargs["optimizer"], state, FINAL, "get_param_groups(model, p_norm_start=...)")
+            cure = "PAdamTrainer and its p_norm_schedule, or build them with get_param_groups(model, p_norm_start=...)"
+            _check_loaded(kwargs["optimizer"], state, FINAL, cure)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -69,6 +69,7 @@ class PAdamTrainer(DistillingTrainer):
             self.args.greater_is_better = False  # Transformers takes the largest for the best
         self._meter: PerplexityMeter | None = None  # during an evaluation
         self._said: set[str] = set()
+        self._users: set[str] = set()  # metrics that have a name of ours, and are compute_metrics'
         self._unread_norms = UnreadNorms()
         self._optimizer_given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if not any(isinstance(callback, PNormScheduleCallback) for callback in self.callback_handler.callbacks):
@@ -109,7 +110,7 @@ class PAdamTrainer(DistillingTrainer):
 
         The objective is the evaluation loss then, or the sum of what `compute_metrics` returns.
         """
-        return super().hyperparameter_search(hp_space, compute_objective or _objective, *args, **kwargs)
+        return super().hyperparameter_search(hp_space, compute_objective or self._objective, *args, **kwargs)
 
     def _settings(self) -> dict[str, Any]:
         settings = super()._settings() | {_ADDED_DECAY: asks_for_decay(self.args)}
@@ -259,10 +260,17 @@ class PAdamTrainer(DistillingTrainer):
             logger.warning("No %s_perplexity is reported: %s.", metric_key_prefix, meter.reason)
         prefixed = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         own = output.metrics or {}
-        for key in sorted((prefixed.keys() & own.keys()) - self._said):
+        self._users = prefixed.keys() & own.keys()
+        for key in sorted(self._users - self._said) if self.is_world_process_zero() else ():
             self._said.add(key)
             logger.warning("%s is what compute_metrics returns, not what PAdamTrainer reports under this name.", key)
         return output._replace(metrics=prefixed | own)
+
+    def _objective(self, metrics: dict[str, float]) -> float:
+        """Return what Transformers' own would be if the evaluation did not report perplexity and sparsity."""
+        ours = ("_perplexity", "_sparsity", "_sparsity_total")
+        kept = {key: value for key, value in metrics.items() if not key.endswith(ours) or key in self._users}
+        return default_compute_objective(kept)
 
     def _loss_is_enough(self, meter: PerplexityMeter, labels: Tensor, shifted: bool) -> bool:
         """Whether the loss of every batch is known to be the mean NLL of the tokens that the meter counts.
@@ -278,9 +286,3 @@ class PAdamTrainer(DistillingTrainer):
     def _own_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         with self.compute_loss_context_manager():
             return own_loss(model, self._prepare_inputs(inputs), self.accelerator.unwrap_model(model))
-
-
-def _objective(metrics: dict[str, float]) -> float:
-    """Return what Transformers' own would be if the evaluation did not report perplexity and sparsity."""
-    own = ("_perplexity", "_sparsity", "_sparsity_total")
-    return default_compute_objective({key: value for key, value in metrics.items() if not key.endswith(own)})

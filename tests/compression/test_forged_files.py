@@ -159,6 +159,7 @@ def test_a_config_that_is_none_is_one_clear_error(config, dense, tmp_path):
         {"vision_config": {"num_hidden_layers": 10**9}},
         {"audio_config": {"encoder": [{"depth": 1e9}]}},
         {"num_local_experts": 10**9},
+        {"depths": [2, 10**9]},
     ],
     ids=str,
 )
@@ -168,3 +169,11 @@ def test_a_config_that_asks_for_a_billion_modules_makes_none(tmp_path, numbers):
     (tmp_path / "config.json").write_text(json.dumps(config | numbers))
     with ModelDirectory(tmp_path) as model:
         assert "=1000000000" in (said := DecayedOnDisk.of(model).source) or "=1000000000.0" in said
+
+
+def test_labels_are_no_numbers_of_modules(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"label2id": {"CD player, record player": 9835}}))
+    with ModelDirectory(tmp_path) as model:
+        assert DecayedOnDisk.of(model).decayed

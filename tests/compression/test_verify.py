@@ -202,7 +202,10 @@ def test_what_is_no_model_is_a_clear_error_with_a_status_of_its_own(what, origin
 def test_a_file_that_is_a_document_a_line_is_the_users_affair(directory, capsys):
     (directory / "predictions.json").write_text('{"a": 1}\n{"a": 2}\n')
     status, said = run(directory, capsys)
-    assert status == 0 and "predictions.json" in said.partition("not checked")[2]
+    assert status == 0 and "checked predictions.json: it is JSON" in said
+    (directory / "modules.json").write_text('{\n "a": 1')
+    assert run(directory, capsys)[0] == 1
+    (directory / "modules.json").unlink()
     (directory / "generation_config.json").write_text('{"a": 1}\n{"a": 2}\n')
     assert run(directory, capsys)[0] == 1
 

@@ -22,6 +22,11 @@ def test_without_a_gpu_it_says_what_it_would_do_and_exits_with_2(tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # restored afterwards
+
+
 RESULTS = dict(test_perplexity_before=2.0, test_perplexity=1.0, sparsity=0.5)
 
 

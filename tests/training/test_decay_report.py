@@ -264,6 +264,7 @@ def test_a_metric_of_the_users_own_is_not_replaced_and_that_is_said_once(tmp_pat
     found = [trainer.evaluate() for _ in range(2)]
     assert [one["eval_sparsity"] for one in found] == [7.0, 7.0] and found[0]["eval_perplexity"] == 8.0
     assert 0 <= found[0]["eval_sparsity_total"] < 0.1
+    assert trainer._objective(found[0]) == pytest.approx(15.0, abs=0.1)  # and a time
     assert sum("eval_sparsity is what compute_metrics returns" in message for message in caplog.messages) == 1
 
 
