@@ -217,7 +217,8 @@ def test_tables_are_built_once_per_set_of_tensors(built, groups, monkeypatch):
     monkeypatch.setattr(triton_kernel, "step_kernel", mock.MagicMock())  # seconds under the interpreter
     params = [torch.nn.Parameter(torch.randn(16)) for _ in range(300)]
     share = len(params) // groups
-    optimizer = PAdam([{"params": params[i * share : (i + 1) * share]} for i in range(groups)], backend="triton")
+    lists = [params[i * share : (i + 1) * share] for i in range(groups)]
+    optimizer = PAdam([{"params": own, "lr": 1e-3 / (i + 1)} for i, own in enumerate(lists)], backend="triton")
     for _ in range(3):
         for param in params:
             param.grad = torch.randn(16)  # elsewhere each time, as after zero_grad
