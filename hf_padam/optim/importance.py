@@ -65,13 +65,14 @@ class Measured(NamedTuple):
         """
         flat = self.weight.detach().reshape(-1)
         spared = None if self.spared is None else self.spared.reshape(-1)
+        second_moments, latest = _flat(self.second), [(_flat(values), factor) for values, factor in self.latest]
         for part in self._parts(step):
             weight = flat[part]
             x = weight.abs().float()
             if self.second is not None:
-                second = _read(self.second, part).float()
+                second = _read(second_moments, part).float()
                 young = second == 0
-                for values, factor in self.latest:
+                for values, factor in latest:
                     young = young | ((factor * _read(values, part).float()).square() * self.young >= second)
                 x = torch.where(young & (x > 0), math.inf, x * second.sqrt().clamp(max=LARGEST) * self.factor)
             if spared is not None:
@@ -84,10 +85,10 @@ class Measured(NamedTuple):
         sums = self.weight.new_zeros(2, dtype=precise)
         if self.second is None or not isinstance(self.factor, float):
             raise TypeError("squares are of sizes under fisher, in units of their own")
-        flat = self.weight.detach().reshape(-1)
+        flat, second_moments = self.weight.detach().reshape(-1), _flat(self.second)
         for part in self._parts(step):
             weight = flat[part]
-            second = _read(self.second, part).expand(weight.shape)
+            second = _read(second_moments, part).expand(weight.shape)
             known = (second > 0) & second.isfinite()  # one that has overflown would make all others small
             squared = torch.where(known, weight, 0.0).to(precise).square()
             sums[0] += torch.dot(squared, torch.where(known, second, 0.0).to(precise))
@@ -144,13 +145,18 @@ def measure(
     return measured
 
 
+def _flat(values: Any) -> Any:
+    """Return a tensor as a row, for `_read`; packed ones and single zeros as they are."""
+    return values if values is None or hasattr(values, "codes") or values.ndim == 0 else values.reshape(-1)
+
+
 def _read(values: Any, part: slice) -> Tensor:
-    """Return some elements of a tensor as a row; of one in 8 bits, or of a single zero, no others are made for it."""
+    """Return some elements of what `_flat` returns, unpacked; of a single zero itself."""
     if hasattr(values, "codes"):
         codes = values.codes.view(-1)[part]
         places = torch.arange(*part.indices(values.codes.numel()), device=codes.device)
         return values.qmap[codes.int()] * values.scale[places // (values.codes.numel() // values.scale.numel())]
-    return values if values.ndim == 0 else values.reshape(-1)[part]
+    return values if values.ndim == 0 else values[part]
 
 
 def fisher_scale(measured: Iterable[Measured], sample: int | None = None, nothing: float = 1.0) -> Tensor:
@@ -225,8 +231,9 @@ def update_scale(optimizer: Optimizer, taken: int) -> None:
         return
     computed = [group.get(SCALE_STEP, 0) for group in pool]  # after so many steps; states may have been cleared since
     if any(taken >= _GROWTH * steps or taken < steps for steps in computed):
-        scale = float(fisher_scale(measure(optimizer, pool), nothing=0.0))
-        for group in pool if scale > 0 else ():  # else all are frozen
+        # Not from the first few gradients of what thaws later.
+        scale = float(fisher_scale(measure(optimizer, pool, known=YOUNG_STEPS), nothing=0.0))
+        for group in pool if scale > 0 else ():  # else all are frozen, or young
             group |= {SCALE: scale, SCALE_STEP: taken}
 
 
@@ -240,7 +247,7 @@ def count_anew(optimizer: Optimizer, grads: Iterable[Tensor | None]) -> None:
 def count_step(optimizer: Optimizer) -> None:
     """Count a step for `update_scale`, once it is taken."""
     for group in optimizer.param_groups:
-        if needs_scale(group):
+        if needs_scale(group) and any(param.requires_grad for param in group["params"]):  # on all processes alike
             group[TAKEN] = group.get(TAKEN, 0) + 1
 
 

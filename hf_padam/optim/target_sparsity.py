@@ -114,6 +114,7 @@ class TargetSparsity:
         check_ramp(start, end)
         self._given, self.per_group = target, per_group
         self._said = False  # that a target is not met
+        self._decays: list[float] = []  # lambda_p in the latest step, of each steered group
         self.at_once = start == end
         total_steps, start, end = int(total_steps), float(start), float(end)  # not NumPy's, in its precision
         self.first = min(math.floor(start * total_steps), total_steps - 1)
@@ -210,7 +211,7 @@ class TargetSparsity:
         """Return what training logs show.
 
         Returns:
-            `lambda_p`, the present one (its mean over groups), which at ``p = -inf`` has no meaning and is left out;
+            `lambda_p`, that of the latest step (the mean over groups; left out at ``p = -inf``, where it has no meaning);
             `planned_sparsity` and `sparsity`, the share of zeros planned by now and the actual one; once the target is
             met, `target_zeroed` and `target_threshold`, which are what `zeroed` returns. Nothing while all steered
             weights are frozen.
@@ -230,7 +231,8 @@ class TargetSparsity:
             planned.append(self.planned(pool[0]["target_step"], max(0.0, pool[0]["target_initial"]), arrives))
         values: dict[str, float] = {}
         if all(math.isfinite(group["p_norm"]) for group in groups):
-            values["lambda_p"] = sum(_lambda_p(group, group["target_reference"]) for group in groups) / len(groups)
+            decays = self._decays or [float(group["lambda_p"]) for group in groups]
+            values["lambda_p"] = sum(decays) / len(decays)
         values |= {"planned_sparsity": _mean(planned, sizes), "sparsity": zeros / sum(sizes)}
         if self.met:
             values["target_zeroed"], values["target_threshold"] = self.zeroed()
@@ -308,6 +310,7 @@ class TargetSparsity:
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
+        self._decays = [float(group["lambda_p"]) for group in self._groups()]
         for group in self._steered():  # a frozen one is not left behind
             group["target_step"] += 1
             group |= {REFERENCE: 0.0, "lambda_p": _lambda_p(group, 0.0)}
@@ -395,7 +398,7 @@ class TargetSparsity:
         mu = self._scale(pool)
         measured = self._measured(pool, mu)
         if self._blocks(pool[0]):
-            threshold = zero_in_blocks_(measured, pool)
+            threshold = zero_in_blocks_(self._measured(pool, mu, spare_young=True), pool)
         else:
             unknown = histogram(measured).infinite  # without a gradient so far: of these the same share is to go
             missing = max(0, _due(target, elements) - before)

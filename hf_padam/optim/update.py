@@ -183,7 +183,7 @@ def prepare(
         if s_rate == 1:  # `s` needs the power itself, which the other forms go without
             form = Form.HARD if p_norm == -math.inf else _FORMS.get(p_norm, form)
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    if fisher:
+    if fisher and form not in (Form.NONE, Form.HOLD):
         scale *= correction2**-0.5 / importance_scale
     return Scalars(
         form=form,

@@ -442,7 +442,7 @@ def test_the_unit_is_computed_where_a_process_has_no_gradients_too():
             add_pnorm_decay(optimizer, p_norm=0.5, lambda_p=0.1, importance="fisher")
         (group,) = optimizer.param_groups
         for step in range(11):
-            weight.grad = noisy(step, torch.ones(SHAPE)) if step < 8 else None
+            weight.grad = noisy(step, torch.ones(SHAPE)) if step < 10 else None
             optimizer.step()
         assert group["importance_step"] == 10 and group["importance_taken"] == 11
 
@@ -501,3 +501,45 @@ def test_moments_in_8_bits_are_read_as_they_would_be_unpacked_and_no_more_of_the
     seen = sizes.isfinite()
     assert seen.float().mean() > 0.9
     torch.testing.assert_close(sizes[seen], expected[seen])
+
+
+def test_the_unit_is_not_taken_from_the_first_gradients_of_what_thaws_later():
+    """A probe is trained for long, and then the weights: their unit is known when they have their own ten steps."""
+    weight = nn.Parameter(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), requires_grad=False)
+    optimizer = PAdam([weight], lr=1e-3, p_norm=0.5, importance="fisher")
+    (group,) = optimizer.param_groups
+    for step in range(140):
+        weight.requires_grad_(step >= 100)
+        weight.grad = noisy(step, torch.ones(SHAPE)) if step >= 100 else None
+        optimizer.step()
+        assert group["importance_step"] == 0 or step >= 110
+    assert group["importance_taken"] == 40 and group["importance_step"] >= 30
+
+
+def test_a_pattern_that_is_met_at_once_spares_what_is_new():
+    def gradient(step, spread):
+        grad = noisy(step, torch.ones(()))
+        if step < 100:
+            grad[:, :16] = 0
+        return grad
+
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(SHAPE) * 0.05)
+    before = weight.detach().clone()
+    group = {"params": [weight], "target_sparsity": 0.5, "target_pattern": "2:4"}
+    optimizer = PAdam([group], lr=1e-6, p_norm=-math.inf, importance="fisher")
+    TargetSparsity(optimizer, None, 200, start=0.5, end=0.5)
+    for step in range(101):
+        weight.grad = gradient(step, None)
+        optimizer.step()
+    kept = before[:, :16].reshape(-1, 4).abs().topk(2).values.sum()  # by magnitude, as little is known of them
+    assert weight[:, :16].abs().sum() > 0.97 * kept
+    assert (weight.reshape(-1, 4) != 0).sum(1).eq(2).all()
+
+
+def test_the_decay_in_the_logs_is_that_of_the_latest_step():
+    _, optimizer = trained(20, steer=0.6, total=60)
+    steering = optimizer._target_sparsity
+    seen = steering.state()["lambda_p"]
+    optimizer.param_groups[0]["lr"] = 0.0  # as a schedule leaves it before logs are written
+    assert steering.state()["lambda_p"] == seen > 1e-6
