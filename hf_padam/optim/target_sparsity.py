@@ -211,7 +211,7 @@ class TargetSparsity:
         """Return what training logs show.
 
         Returns:
-            `lambda_p`, that of the latest step (the mean over groups; left out at ``p = -inf``, where it has no meaning);
+            `lambda_p`, that of the latest step (the mean over groups; left out at ``p = -inf``, which has none);
             `planned_sparsity` and `sparsity`, the share of zeros planned by now and the actual one; once the target is
             met, `target_zeroed` and `target_threshold`, which are what `zeroed` returns. Nothing while all steered
             weights are frozen.
