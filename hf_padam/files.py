@@ -252,14 +252,7 @@ def staged_new_directory(directory: str | Path, replace: bool = False, last: str
             raise FileExistsError(f"{directory} exists already: name another directory, or delete that one first")
         with _temporary(unshared(Path(f"{hidden}{INCOMPLETE}"), alone)) as temporary:
             yield temporary
-            if directory.is_dir() and is_free(directory):  # renamed over, at once
-                (directory / LOCK).unlink(missing_ok=True)
-                discard(directory / INCOMPLETE)
-                flush_tree(temporary)
-                os.rename(temporary, directory)
-                flush(directory.parent)
-            else:
-                publish(temporary, directory, replaced)
+            publish(temporary, directory, replaced)
             if replaced.exists():  # deleted in a moment: a kill then must not leave half of it to come back
                 os.rename(replaced, temporary)
 
@@ -267,7 +260,10 @@ def staged_new_directory(directory: str | Path, replace: bool = False, last: str
 def publish(temporary: Path, directory: Path, replaced: Path) -> None:
     """Rename a directory to its place, once it is on the disk. What is there goes to `replaced`, or stays."""
     flush_tree(temporary)
-    if directory.exists():
+    if directory.is_dir() and is_free(directory):  # renamed over
+        (directory / LOCK).unlink(missing_ok=True)
+        discard(directory / INCOMPLETE)
+    elif directory.exists():
         discard(replaced)
         os.rename(directory, replaced)
     try:

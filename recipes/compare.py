@@ -65,15 +65,15 @@ def plan_jobs(plan: dict[str, Any], extra: dict[str, Any], directory: Path) -> d
             raise UsageError(
                 f"--{name} is what the plan varies: change it there ({method!r}), not on the command line"
             )
-    jobs = {}
+    planned = {}
     longest = max(map(len, plan["methods"].values()))
     for seed, number, (method, settings) in itertools.product(plan["seeds"], range(longest), plan["methods"].items()):
         if number < len(settings) and seed in seeds_of(settings[number], plan):
             options = options_of(settings[number])
             name = re.sub(r"[^a-z0-9.]+", "_", f"{method} {setting(options)}".lower()).strip("_")
             merged = plan["options"] | options | extra | {"seed": seed}
-            jobs[method, number, seed] = Job(plan["recipe"], merged, directory / f"{name}-seed{seed}")
-    planned = dict(jobs)
+            planned[method, number, seed] = Job(plan["recipe"], merged, directory / f"{name}-seed{seed}")
+    jobs = {}
     for key, job in planned.items():
         changes, needs = {}, []
         for name in ("distill_from", "resume_from_checkpoint"):

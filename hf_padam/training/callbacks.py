@@ -120,8 +120,8 @@ class CallbackFromGroups(TargetSparsityCallback):
             )
         if options_of(args).distill_from is not None and not self.distils:
             raise ValueError(
-                f"distill_from={options_of(args).distill_from!r} has no effect in this Trainer: take PAdamTrainer, "
-                "which distils, or leave distill_from out"
+                f"distill_from={options_of(args).distill_from!r} would have no effect: this Trainer does not distil. "
+                "Use PAdamTrainer, or leave distill_from out"
             )
         if isinstance(inner, PAdam) and args.world_size > 1:
             if "model" in kwargs:

@@ -111,18 +111,11 @@ def build_optimizer(model: nn.Module, *, optimizer_class: type[PAdam] = PAdam, *
 class _Factory:
     """Called by the Trainer as ``_Factory()(model, **options)``, for it is not an Optimizer class."""
 
-    def __call__(
-        self, model: nn.Module, *, p_norm_schedule: str = "constant", distill_from: str | None = None, **options: Any
-    ) -> PAdam:
+    def __call__(self, model: nn.Module, *, p_norm_schedule: str = "constant", **options: Any) -> PAdam:
         if p_norm_schedule != "constant":
             raise ValueError(
                 f"p_norm_schedule={p_norm_schedule!r} would have no effect: this Trainer does not move p. Use "
                 'PAdamTrainer; or leave p_norm_schedule at "constant" and add PNormScheduleCallback to the callbacks'
-            )
-        if distill_from is not None:
-            raise ValueError(
-                f"distill_from={distill_from!r} would have no effect: this Trainer does not distil. Use PAdamTrainer, "
-                "or leave distill_from out"
             )
         optimizer = build_optimizer(model, **options, check_zero_start=False)
         setattr(optimizer, CHECK_LATER, True)
@@ -130,9 +123,8 @@ class _Factory:
 
 
 def _handler(context: Any) -> tuple[type[_Factory], dict[str, Any]]:
-    typed = options_of(context.args)
-    for_the_trainer = {name: getattr(typed, name) for name in ("p_norm_schedule", "distill_from")}
-    return _Factory, optimizer_options(context.args) | for_the_trainer
+    schedule = options_of(context.args).p_norm_schedule
+    return _Factory, optimizer_options(context.args) | {"p_norm_schedule": schedule}
 
 
 def register() -> None:

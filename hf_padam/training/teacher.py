@@ -59,9 +59,8 @@ class Teacher:
                 param.data = param.data.to(getattr(torch, dtype))
         if len(set((getattr(self.model, "hf_device_map", None) or {}).values())) < 2:  # else it stays as it is spread
             type(self.model).to(self.model, device=device)  # accelerate's own, in a copy, would move the original
-        for config in {id(c): c for c in (self.model.config, self.model.config.get_text_config())}.values():
-            config.use_cache = False
-            config.return_dict = True
+        for config in (self.model.config, self.model.config.get_text_config()):
+            config.use_cache, config.return_dict = False, True
         # With FSDP's RAM-efficient loading, the main process alone has read the weights.
         if PartialState().num_processes > 1:
             broadcast([*self.model.parameters(), *self.model.buffers()])

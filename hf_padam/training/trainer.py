@@ -69,7 +69,7 @@ class PAdamTrainer(DistillingTrainer):
             self.args.greater_is_better = False  # Transformers takes the largest for the best
         self._meter: PerplexityMeter | None = None  # during an evaluation
         self._said: set[str] = set()
-        self._users: set[str] = set()  # metrics that have a name of ours, and are compute_metrics'
+        self._not_ours: set[str] = set()  # metrics with names of ours, which compute_metrics has returned
         self._unread_norms = UnreadNorms()
         self._optimizer_given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if not any(isinstance(callback, PNormScheduleCallback) for callback in self.callback_handler.callbacks):
@@ -260,8 +260,8 @@ class PAdamTrainer(DistillingTrainer):
             logger.warning("No %s_perplexity is reported: %s.", metric_key_prefix, meter.reason)
         prefixed = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         own = output.metrics or {}
-        self._users = prefixed.keys() & own.keys()
-        for key in sorted(self._users - self._said) if self.is_world_process_zero() else ():
+        self._not_ours = prefixed.keys() & own.keys()
+        for key in sorted(self._not_ours - self._said) if self.is_world_process_zero() else ():
             self._said.add(key)
             logger.warning("%s is what compute_metrics returns, not what PAdamTrainer reports under this name.", key)
         return output._replace(metrics=prefixed | own)
@@ -269,7 +269,7 @@ class PAdamTrainer(DistillingTrainer):
     def _objective(self, metrics: dict[str, float]) -> float:
         """Return what Transformers' own would be if the evaluation did not report perplexity and sparsity."""
         ours = ("_perplexity", "_sparsity", "_sparsity_total")
-        kept = {key: value for key, value in metrics.items() if not key.endswith(ours) or key in self._users}
+        kept = {key: value for key, value in metrics.items() if not key.endswith(ours) or key in self._not_ours}
         return default_compute_objective(kept)
 
     def _loss_is_enough(self, meter: PerplexityMeter, labels: Tensor, shifted: bool) -> bool:
