@@ -61,12 +61,24 @@ def optimizer_for(model: nn.Module, lr: float = 1e-2) -> PAdam:
     return PAdam([group for group in groups if group["params"]], lr=lr)
 
 
-def train_to_target(model: nn.Module) -> float:
-    """Train to half of zeros, over all shards; return the share that was reached."""
+WAYS_TO_ZEROS: dict[str, dict[str, Any]] = {
+    "magnitude, p = 1/2": {"p_norm": 0.5, "target": 0.5},
+    "magnitude, p = -8": {"p_norm": -8.0, "target": 0.7},
+    "fisher, p = -1": {"importance": "fisher", "p_norm": -1.0, "target": 0.5},
+    "fisher, p = -inf": {"importance": "fisher", "p_norm": -math.inf, "target": 0.7},
+    "fisher, p = -inf, by layer": {"importance": "fisher", "p_norm": -math.inf, "target": 0.5, "by_layer": True},
+    "fisher, p = 1/2, no target": {"importance": "fisher", "p_norm": 0.5, "lambda_p": 0.3, "target": None},
+}
+"""Options of `train_to_zeros`."""
+
+
+def train_to_zeros(model: nn.Module, target: float | None, by_layer: bool = False, **options: Any) -> float:
+    """Train 30 steps, to a target over all shards or without one; return the share of zeros that was reached."""
     weights = [param for name, param in model.named_parameters() if name.endswith(".weight")]
-    optimizer = PAdam(weights, lr=1e-2, p_norm=0.5)
-    TargetSparsity(optimizer, 0.5, STEPS)
-    train(model, optimizer)
+    optimizer = PAdam([{"params": [weight]} for weight in weights], lr=1e-2, **options)
+    if target:
+        TargetSparsity(optimizer, target, 30, start=0.4, end=0.8, per_group=by_layer)
+    train(model, optimizer, 0, 30)
     counts = count_zeros({str(i): param for i, param in enumerate(weights)})
     return sum(count.zeros for count in counts) / sum(count.elements for count in counts)
 
@@ -204,11 +216,12 @@ def main(directory: str) -> dict:
         decayed = [name for name, _ in model.named_parameters() if name.endswith(".weight")]
         sparsities[way] = summarize(count_model_zeros(model, decayed))
         differences[way] = difference(model, whole)
-    targets = {}
-    for way, build in ways.items():
-        model = build()
-        share = train_to_target(model)
-        targets[way] = (share, full_weights(model))
+    zeros = {}
+    for case, options in WAYS_TO_ZEROS.items():
+        expected = torch.load(Path(directory) / f"{case.replace('/', '_')}.pt")
+        for way, build in ways.items():
+            model = build()
+            zeros[f"{case}, {way}"] = train_to_zeros(model, **options), difference(model, expected)
     model = with_fully_shard()
     optimizer = optimizer_for(model, lr=123.0)  # the checkpoint's takes its place
     load(Path(directory) / "one", model, optimizer)
@@ -237,8 +250,7 @@ def main(directory: str) -> dict:
     return {
         "differences": differences,
         "sparsities": sparsities,
-        "targets": {way: share for way, (share, _) in targets.items()},
-        "target_difference": difference_of(targets["fully_shard"][1], torch.load(Path(directory) / "target.pt")),
+        "zeros": zeros,
         "shards_of_last": empty,
         "resumed": resumed,
         "apart": apart,

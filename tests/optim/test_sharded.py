@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from processes import job
-from sharded import STEPS, OddModel, load, optimizer_for, save, scale_of_pieces, train, train_to_target
+from sharded import (
+    STEPS,
+    WAYS_TO_ZEROS,
+    OddModel,
+    load,
+    optimizer_for,
+    save,
+    scale_of_pieces,
+    train,
+    train_to_zeros,
+)
 
 from hf_padam.sparsity import count_model_zeros, summarize
 
@@ -23,15 +33,18 @@ def trained(tmp_path_factory):
     save(directory / "one", model, optimizer)
     train(model, optimizer, STEPS // 2)
     torch.save({name: param.detach() for name, param in model.named_parameters()}, directory / "whole.pt")
-    steered = OddModel()
-    train_to_target(steered)
-    torch.save({name: param.detach() for name, param in steered.named_parameters()}, directory / "target.pt")
-    return directory, model, optimizer, job(2, "optim/sharded.py", directory)
+    shares = {}
+    for case, options in WAYS_TO_ZEROS.items():
+        sparse = OddModel()
+        shares[case] = train_to_zeros(sparse, **options)
+        weights = {name: param.detach() for name, param in sparse.named_parameters()}
+        torch.save(weights, directory / f"{case.replace('/', '_')}.pt")
+    return directory, model, optimizer, shares, job(2, "optim/sharded.py", directory)
 
 
 @pytest.mark.parametrize("way", ["fully_shard", "fsdp1", "tensor_parallel"])
 def test_sharded_steps_are_those_of_one_process(trained, way):
-    _, model, _, result = trained
+    _, model, *_, result = trained
     assert result["differences"][way] < TOLERANCE
     decayed = [name for name, _ in model.named_parameters() if name.endswith(".weight")]
     expected = summarize(count_model_zeros(model, decayed))
@@ -40,11 +53,14 @@ def test_sharded_steps_are_those_of_one_process(trained, way):
     assert result["shards_of_last"] == [14, 0], "one process has nothing of the last layer"
 
 
-def test_a_target_is_one_of_all_shards(trained):
-    *_, result = trained
-    assert set(result["targets"]) == {"fully_shard", "fsdp1", "tensor_parallel"}
-    assert all(share == pytest.approx(0.5, abs=0.01) for share in result["targets"].values()), result["targets"]
-    assert result["target_difference"] < TOLERANCE
+@pytest.mark.parametrize("case", WAYS_TO_ZEROS)
+@pytest.mark.parametrize("way", ["fully_shard", "fsdp1", "tensor_parallel"])
+def test_targets_and_the_unit_of_importance_are_of_all_shards(trained, way, case):
+    *_, shares, result = trained
+    share, difference = result["zeros"][f"{case}, {way}"]
+    assert share == shares[case] > 0.05
+    assert share == pytest.approx(WAYS_TO_ZEROS[case]["target"] or share, abs=0.01)
+    assert difference < TOLERANCE
 
 
 def test_what_torch_saves_for_fsdp2_and_loads_into_new_groups_goes_on_exactly(trained):
@@ -76,7 +92,7 @@ def test_a_checkpoint_of_one_process_goes_on_in_two(trained):
 
 
 def test_a_checkpoint_of_two_processes_goes_on_in_one(trained):
-    directory, whole, reference, _ = trained
+    directory, whole, reference, *_ = trained
     model = OddModel()
     optimizer = optimizer_for(model, lr=123.0)
     for group in optimizer.param_groups:

@@ -85,6 +85,9 @@ def schedule(name: str, optimizer, steps: int):
         (0.8, 0.7, 3e-4, "constant", STEPS, 8),
         (0.5, 0.9, 3e-3, "warm-up and linear", 900, 32),
         (0.5, 0.9, 3e-3, "warm-up and linear", 20, 128),
+        (-8.0, 0.7, 3e-3, "constant", 900, 32),  # what is aimed at dies in one of the steps between two aims
+        (-3.0, 0.9, 3e-3, "warm-up and linear", 900, 32),
+        (1.5, 0.7, 3e-3, "warm-up and linear", STEPS, 32),
     ],
     ids=str,
 )
@@ -99,8 +102,8 @@ def test_the_target_is_met_whatever_else_is_set(p_norm, target, lr, shape, steps
         sets.append([w == 0 for w in weights_of(model)])
 
     train(model, optimizer, schedule(shape, optimizer, steps), x, y, range(steps), batch, observe)
-    assert path[-1] == pytest.approx(target, abs=0.01)
-    assert max(path) <= target + 0.01  # never an overshoot
+    assert path[-1] == pytest.approx(target, abs=0.001)
+    assert max(path) <= target + 0.001  # never an overshoot
     assert all(bool((now[i] >= before[i]).all()) for before, now in zip(sets, sets[1:], strict=False) for i in (0, 1))
     recovery = path[steering.last - 1 :]
     assert len(recovery) == steps - steering.last + 1 and set(recovery) == {path[-1]}  # nothing dies in it
