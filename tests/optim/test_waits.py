@@ -10,7 +10,10 @@ from torch import nn
 from hf_padam import PAdam, TargetSparsity, add_pnorm_decay
 from hf_padam.optim.patterns import PATTERN
 
-WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "unique")
+WAITS = (
+    "item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__",
+    "nonzero", "argwhere", "unique", "masked_select", "repeat_interleave", "equal", "allclose",  # bincount is for CPUs
+)  # fmt: skip
 
 
 class OnDevice(torch.Tensor):
@@ -20,11 +23,19 @@ class OnDevice(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function.__name__ in WAITS:
+        if function.__name__ in WAITS or cls._picks(function, args):
             OnDevice.waits.append(function.__name__)
         if function.__name__ == "cpu":
             return args[0].as_subclass(torch.Tensor)
         return super().__torch_function__(function, types, args, kwargs)
+
+    @staticmethod
+    def _picks(function, args) -> bool:
+        """Whether elements are picked by a mask, how many of which the host has to know."""
+        if function.__name__ not in ("__getitem__", "__setitem__"):
+            return function.__name__ == "where" and len(args) == 1
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(isinstance(part, torch.Tensor) and part.dtype in (torch.bool, torch.uint8) for part in index)
 
 
 def on_device(**options):
@@ -81,6 +92,11 @@ def test_the_counting_would_see_a_wait():
     OnDevice.waits.clear()
     bool((param * 2).sum() > 0), float(param.sum()), param.detach().abs().tolist()
     assert OnDevice.waits == ["__bool__", "__float__", "tolist"]
+    OnDevice.waits.clear()
+    weight = param.detach()
+    _ = weight[weight > 0], weight[0, 1:], torch.where(weight > 0, weight, 0), torch.where(weight > 0)
+    weight[weight > 0] = 1.0
+    assert OnDevice.waits == ["__getitem__", "where", "__setitem__"]
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "fisher"])
