@@ -188,6 +188,12 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
+def _on_one_gpu(args: TrainingArguments) -> TrainingArguments:
+    """Keep a run to one GPU; over all of a machine the Trainer would run DataParallel."""
+    args._n_gpu = min(1, args.n_gpu)
+    return args
+
+
 def time_trainer(
     model: str, dtype: str, steps: int, batch: int, length: int, device: torch.device, scratch: str
 ) -> list[Row]:
@@ -208,10 +214,12 @@ def time_trainer(
     distilling: dict[str, Any] = dict(optim="padam", distill_from="teacher")
     distilling["distill_dtype"] = "bfloat16" if on_gpu else "auto"
     ways: dict[str, Callable[[], Trainer]] = {
-        "adamw_torch_fused": lambda: Trainer(network, TrainingArguments(optim="adamw_torch_fused", **common)),
-        "padam": lambda: Trainer(network, TrainingArguments(optim="padam", **common)),
+        "adamw_torch_fused": lambda: Trainer(
+            network, _on_one_gpu(TrainingArguments(optim="adamw_torch_fused", **common))
+        ),
+        "padam": lambda: Trainer(network, _on_one_gpu(TrainingArguments(optim="padam", **common))),
         "padam, distilled": lambda: PAdamTrainer(
-            network, PAdamTrainingArguments(**distilling, **common), teacher=teacher
+            network, _on_one_gpu(PAdamTrainingArguments(**distilling, **common)), teacher=teacher
         ),
     }
     size = sum(p.nbytes for p in network.parameters())

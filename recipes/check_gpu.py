@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -130,8 +131,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     parts = [part for part in PARTS if not options.parts or part.name in options.parts]
     # One GPU: over several, the plain Trainer would run DataParallel, of which the figures know nothing.
-    for name in {"CUDA_VISIBLE_DEVICES", *({"HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"} & os.environ.keys())}:
-        os.environ[name] = os.environ.get(name, "0").split(",")[0]
+    names = {"CUDA_VISIBLE_DEVICES", *({"HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"} & os.environ.keys())}
+    first = {name: os.environ.get(name, "0").split(",")[0] for name in names}
+    narrower = any(os.environ.get(name) != value for name, value in first.items())
+    os.environ.update(first)
+    if narrower and torch.cuda.device_count() > 1:  # an import has counted them before
+        return subprocess.run([sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]).returncode
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device.type not in ("cuda", "xpu"):
         print(f"No GPU that Triton knows was found ({device.type} only). On one, this would:")

@@ -84,11 +84,11 @@ def main() -> None:
     trainer.add_callback(TestBefore(trainer, splits["test"]))
     with claimed(output_dir):
         trainer.train(resume_from_checkpoint=resume)
-        validation = trainer.evaluate(metric_key_prefix="validation")
-        test = trainer.evaluate(splits["test"], metric_key_prefix="test")
 
         # 4. What comes out: model and tokenizer first, the results last.
         save_trained(trainer, output_dir)
+        validation = trainer.evaluate(metric_key_prefix="validation")
+        test = trainer.evaluate(splits["test"], metric_key_prefix="test")
         one_shot = evaluate_one_shot(trainer, pruning_args, splits["test"])
         block_size = len(next(iter(splits["train"]))["input_ids"])
         report.conclude(

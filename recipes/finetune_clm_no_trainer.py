@@ -140,12 +140,14 @@ def main() -> None:
     if args.report_to != "none":
         accelerator.init_trackers("padam")
 
+    quiet = args.disable_tqdm or not accelerator.is_main_process
+
     # 2. Evaluation: summed NLL and token counts of all processes make an exact perplexity.
     @torch.no_grad()
     def perplexity(split: str) -> float:
         model.eval()
         meter = PerplexityMeter(accelerator)
-        for batch in tqdm(loaders[split], desc=f"Evaluating {split}", disable=not accelerator.is_main_process):
+        for batch in tqdm(loaders[split], desc=f"Evaluating {split}", disable=quiet):
             output, labels = model(**batch), batch["labels"]
             if meter.follows_loss(labels):
                 meter.add_mean(output.loss, labels)
@@ -171,7 +173,7 @@ def main() -> None:
 
     # 4. Training.
     model.train()
-    bar = tqdm(total=total_steps, initial=progress.step, desc="Training", disable=not accelerator.is_main_process)
+    bar = tqdm(total=total_steps, initial=progress.step, desc="Training", disable=quiet)
     with claimed(output_dir):
         with StopSignal() as stop:
             while progress.step < total_steps:
@@ -228,7 +230,6 @@ def main() -> None:
                         break
                 progress.epoch, progress.batches = progress.epoch + 1, 0
         bar.close()
-        validation, test = perplexity("validation"), perplexity("test")
 
         # 5. What comes out: model and tokenizer first, the results last.
         def save(directory: str) -> None:
@@ -238,6 +239,7 @@ def main() -> None:
                 tokenizer.save_pretrained(directory)
 
         save_model(output_dir, save, accelerator.is_main_process)
+        validation, test = perplexity("validation"), perplexity("test")
         report.conclude(
             output_dir,
             plain,

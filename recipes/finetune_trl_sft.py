@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from support import report
 from support.arguments import ModelArguments, check_output_dir, check_resume, parse_arguments
 from support.conversations import ConversationArguments, load_conversations
@@ -46,6 +47,8 @@ class SFTArguments(SFTConfig):
     trust_remote_code: bool = field(default=False, init=False)  # an option of ModelArguments, which loads the model
 
     def __post_init__(self) -> None:
+        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
+            self.bf16 = False  # TRL's default is True, which few CPUs compute fast
         super().__post_init__()
         if self.metric_for_best_model in ("loss", "eval_loss"):  # of one of the splits
             self.metric_for_best_model = "validation_loss"

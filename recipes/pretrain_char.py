@@ -156,11 +156,11 @@ def main() -> None:
     before = Magnitudes.of(model, decayed)
     with claimed(output_dir):
         trainer.train(resume_from_checkpoint=resume)
-        validation = trainer.evaluate(metric_key_prefix="validation")
 
         # 4. What comes out: the model first, the results last.
         model.config.use_cache = True
         save_trained(trainer, output_dir)
+        validation = trainer.evaluate(metric_key_prefix="validation")
         one_shot = evaluate_one_shot(trainer, pruning_args)
         history = trainer.state.log_history
         evaluations = [row for row in history if "eval_perplexity" in row]

@@ -31,6 +31,7 @@ from .hyperparameters import (
 from .importance import SCALE, SCALE_STATE, count_anew, count_step, needs_scale, update_scale
 from .padam import PAdam, unwrap
 from .plan import gradients
+from .schedules import check_moved
 from .update import FLUSH_THRESHOLD, YOUNG_STEPS, Form, Scalars, inverse_factor, prepare
 
 _NOT_OURS: dict[str, Any] = {"betas": (0.0, 0.0), "eps": 1.0, "weight_decay": 0.0}
@@ -79,7 +80,8 @@ def add_pnorm_decay(
             number is out of range, a parameter not one of the optimizer's, not floating-point or all zeros; if
             "fisher" is asked of an optimizer without second moments; if a schedule has been built over a group to be
             divided.
-        RuntimeError: From ``step``, if a gradient is sparse.
+        RuntimeError: From ``step``, if the gradient of what decays is sparse, or a group has a p that nothing moves to
+            where it is to end; or while a CUDA graph is being captured.
     """
     inner, p_norm, lambda_p = unwrap(optimizer), plain(p_norm), plain(lambda_p)
     if not isinstance(inner, Optimizer):
@@ -149,7 +151,11 @@ class _PNormDecay:
         # What an earlier step has left that ended in an error is forgotten. If the step calls the hooked one of its
         # parent class, the decay is part of that.
         self._kept, self._counted = [], False
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a step with a p-norm decay cannot be captured in a CUDA graph: do without capturable")
         self._adopt_new_groups(optimizer)
+        for group in optimizer.param_groups:
+            check_moved(optimizer, group)
         found_inf = getattr(optimizer, "found_inf", None)  # GradScaler leaves it to fused optimizers to skip the step
         self._skips = found_inf is not None and bool(found_inf)
         if self._skips:
@@ -162,7 +168,7 @@ class _PNormDecay:
             decays = decay_scalars(group, YOUNG_STEPS + 1).form is not Form.NONE
             for param in group["params"]:
                 # A closure computes the gradients later.
-                if (_has_gradient(param) or closure and param.requires_grad) and decays:
+                if decays and (_has_gradient(param) or closure and param.requires_grad):
                     self._kept.append((param, local_tensor(param).clone(), group))
 
     @torch.no_grad()
@@ -194,7 +200,9 @@ class _PNormDecay:
 
     def _adopt_new_groups(self, optimizer: Optimizer) -> None:
         """Complete and check the groups that were added since the last step."""
-        for group in optimizer.param_groups[self._groups :]:
+        for number, group in enumerate(optimizer.param_groups[self._groups :], self._groups):
+            if exempt(optimizer.param_groups[: number + 1], 0.0)[-1]:
+                group["lambda_p"] = 0.0
             for name, value in self._defaults.items():
                 group.setdefault(name, value)
             _check_group(group, type(optimizer).__name__, {})

@@ -20,6 +20,10 @@ VARIANTS = ("importance", "late_decay", "s_rate")
 """Options of the update besides, which groups saved by earlier versions lack."""
 
 
+class UnfitWeightsError(ValueError):
+    """The zeros that a model's weights begin with do not go with what is asked for."""
+
+
 def check_not_all_zeros(params: Sequence[tuple[str, Tensor]], cure: str) -> None:
     """Refuse tensors that start as zeros, at which a p-norm decay with p < 2 would hold them.
 
@@ -31,7 +35,7 @@ def check_not_all_zeros(params: Sequence[tuple[str, Tensor]], cure: str) -> None
         cure: What the message advises, but for a non-zero start.
 
     Raises:
-        ValueError: If every element of a tensor, over all shards, is zero.
+        UnfitWeightsError: If every element of a tensor, over all shards, is zero.
     """
     judged = [(name, p) for name, p in params if not p.is_meta and not hasattr(p, "_fsdp_flattened")]
     counts = count_zeros({str(i): param for i, (_, param) in enumerate(judged)})
@@ -39,7 +43,7 @@ def check_not_all_zeros(params: Sequence[tuple[str, Tensor]], cure: str) -> None
     if not dead:
         return
     name, param = dead[0]
-    raise ValueError(
+    raise UnfitWeightsError(
         f"parameter {name}, of shape {tuple(param.shape)}, is all zeros. Under a p-norm decay with p < 2 zero is "
         "absorbing, so it would never train (biases, LoRA's B matrices and zero-initialised heads start like this). "
         f"{cure}, or give it a non-zero start. (One that training made zero: freeze it, requires_grad_(False).)"

@@ -6,6 +6,8 @@ quantiles of `target_sparsity`.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ from ..sparsity import is_piece, local_shard, local_tensor, shard_coordinate, su
 from .plan import gradients
 from .random_bits import random_key
 from .update import LARGEST, YOUNG_RATIO, YOUNG_STEPS
+
+logger = logging.getLogger(__name__)
 
 REFERENCE = "reference"
 """The key of a steered group for the size that `update.prepare` takes in place of lambda_p."""
@@ -210,6 +214,16 @@ def check_steered(group: Mapping[str, Any]) -> None:
             "nothing steers it there: all of its weights would die. Make TargetSparsity(optimizer, total_steps=...) "
             "before the first step, or take p_norm=0.8 and a lambda_p without a target"
         )
+    if decays and group["p_norm"] == -math.inf and REFERENCE not in group:
+        _warn_of_pruning()
+
+
+@functools.cache
+def _warn_of_pruning() -> None:
+    logger.warning(
+        "p_norm=-inf without a target zeroes every weight whose size is below 1, in one step. To prune to a share, "
+        "make TargetSparsity(optimizer, target, total_steps) before the first step"
+    )
 
 
 def update_scale(optimizer: Optimizer, taken: int) -> None:

@@ -219,8 +219,9 @@ class PAdam(Optimizer):
             "norms",
         )
 
+    @torch.compiler.disable
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # overloads
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
         Args:
@@ -286,8 +287,10 @@ class PAdam(Optimizer):
             count_anew(self, grads)
             for param, grad in zip(params, grads, strict=True):
                 if grad is not None and not self.state[param]:
-                    self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-                    self.state[param].update({name: self._new_moment(param, name) for name in MOMENTS})
+                    # Both first: where there is no memory for one, a step that is tried again begins anew.
+                    moments = {name: self._new_moment(param, name) for name in MOMENTS}
+                    step = torch.zeros((), dtype=torch.float32, device="cpu")
+                    self.state[param].update(step=step, **moments)
             self._plan = Plan(self, grads)
             tensors = self._plan.tensors(self, params, grads)
             assert tensors is not None
@@ -349,6 +352,8 @@ class PAdam(Optimizer):
                     f"{next(a for a, b in zip(saved, own, strict=True) if a != b)} on. If it is of hf_padam before "
                     "0.2, that version chose other weights to decay: finish the run with it"
                 )
+            if any(group.get("maximize") for group in incoming["param_groups"]):
+                raise ValueError("the loaded state is of an optimizer with maximize=True, and PAdam minimizes")
             for state in incoming["state"].values():
                 missing = [name for name in ("step", *MOMENTS) if state and name not in state]
                 if missing:
@@ -370,6 +375,7 @@ class PAdam(Optimizer):
         saved_ids = [i for group in seen["param_groups"] for i in group["params"]]
         for saved_id, param in zip(saved_ids, params, strict=True):
             state = self.state.get(param, {})
+            state.pop("max_exp_avg_sq", None)  # AMSGrad's, which nothing would use
             for name, value in seen["state"].get(saved_id, {}).items():
                 if name in (*MOMENTS, "s"):
                     if value.dtype != state[name].dtype:

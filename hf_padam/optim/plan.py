@@ -132,14 +132,12 @@ class Plan:
         kept = self._kept(states)
         self._options, self._params = _options(optimizer), list(map(id, params))
         self._state, self._seen = [list(map(id, values)) for values in kept[1:]], self._described(kept[0], tensors)
-        self._lost = False
+        self._lost: list[bool] = []  # filled when one of the tensors is gone: another may have got its identity
         self._held = params  # by the groups, too; a weak reference would keep a module from swapping them
         moments_and_s = [t for values in kept[1:] for t in values if t is not None]
-        self._references = [weakref.ref(t, self._lose) for t in moments_and_s]
-
-    def _lose(self, _: Any) -> None:
-        """Note that one of the tensors is gone: another may have got its identity, and its address."""
-        self._lost = True
+        # Not a method: with it in what it holds, a plan that another has replaced would keep itself and its tables.
+        lost = self._lost
+        self._references = [weakref.ref(t, lambda _: lost.append(True)) for t in moments_and_s]
 
     def tensors(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> Tensors | None:
         """Return what the step is about if it is what was planned for, None if anything has changed.

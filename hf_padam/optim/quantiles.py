@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ def tally(tensors: Sequence[Measured], sample: int | None = None, extra: Tensor 
 
     def count(tensor: Measured) -> Tensor:
         elements, step = tensor.weight.numel(), tensor.stride(sample)
-        counts = torch.stack([_bincount(_bits(x) >> _SHIFT) for _, x in tensor.slices(step)]).sum(0)
+        counts = _sum(_bincount(_bits(x) >> _SHIFT) for _, x in tensor.slices(step))
         zeros = zeros_in(tensor.weight).to(counts.dtype)
         seen = math.ceil(elements / step)
         variance = torch.full_like(zeros, 0.25 * elements**2 / seen if step > 1 else 0.0)
@@ -104,12 +104,13 @@ def zero_smallest_(tensors: Sequence[Measured], number: int, infinite: bool = Fa
     for level in range(len(_DIGITS)):
 
         def count(tensor: Measured, level: int = level) -> Tensor:
-            counts = []
-            for key, candidate in _keys(tensor, infinite):
-                for digit, wanted in zip(_DIGITS, prefix, strict=False):
-                    candidate = candidate & (digit(key) == wanted)
-                counts.append(_bincount(_DIGITS[level](key), candidate))
-            return torch.stack(counts).sum(0)
+            def parts() -> Iterator[Tensor]:
+                for key, candidate in _keys(tensor, infinite):
+                    for digit, wanted in zip(_DIGITS, prefix, strict=False):
+                        candidate = candidate & (digit(key) == wanted)
+                    yield _bincount(_DIGITS[level](key), candidate)
+
+            return _sum(parts())
 
         below = _total(tensors, count).cpu().double().cumsum(0)
         digit = int(torch.searchsorted(below, float(left)))
@@ -162,6 +163,15 @@ def _bincount(values: Tensor, chosen: Tensor | None = None) -> Tensor:
     counts = torch.zeros(_BINS, dtype=torch.int32, device=values.device)
     ones = torch.ones_like(values) if chosen is None else chosen.to(values.dtype)
     return counts.scatter_add_(0, values.long(), ones).to(dtype)
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """Add up tensors, of which there is one at least, one at a time."""
+    parts = iter(parts)
+    total = next(parts)
+    for part in parts:
+        total += part
+    return total
 
 
 def _total(tensors: Sequence[Measured], count: Callable[[Measured], Tensor], length: int = _BINS) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sparsity import TensorCount, count_zeros
-from .hyperparameters import is_number, named
+from .hyperparameters import UnfitWeightsError, is_number, named
 from .importance import REFERENCE, SCALE, Measured, fisher_scale, measure
 from .padam import PAdam, unwrap
 from .patterns import PATTERN, check_blocks, missing_in_blocks, sparing, zero_in_blocks_
@@ -160,9 +160,15 @@ class TargetSparsity:
         ]
 
     def detach(self) -> None:
-        """Leave the optimizer alone from now on."""
+        """Leave the optimizer alone from now on.
+
+        Its groups hold: zeros stay zero and nothing else decays, whatever their `lambda_p`, once the target is met;
+        before, a step is refused. To decay on, delete their keys "reference", "target_step" and "target_sparsity".
+        """
         for handle in self._handles:
             handle.remove()
+        if steering_of(self.optimizer) is self:
+            delattr(self.optimizer, _ATTRIBUTE)
 
     def finish(self) -> None:
         """Meet the target now, where training ended before the ramp did because skipped steps do not count."""
@@ -325,7 +331,7 @@ class TargetSparsity:
         if self._blocks(pool[0]):  # of which some may begin with more zeros than they must have
             return initial, (zeros + missing_in_blocks(measure(self.optimizer, pool), pool)) / elements
         if zeros > _due(target, elements):  # which may be one more than the share, as a model has that met it before
-            raise ValueError(
+            raise UnfitWeightsError(
                 f"target_sparsity={target!r} is less than the share of zeros that the weights begin with, "
                 f"{initial:.4f}, and zeros do not come back: ask for more"
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_padam.files import write_atomically
 
@@ -96,6 +97,8 @@ def save_config(path: Path, *parsed: Any) -> None:
             default = defaults[f.name].default
             if f.default_factory is not dataclasses.MISSING:
                 default = f.default_factory()
+            if isinstance(value, AcceleratorConfig):
+                value, default = value.to_dict(), type(value)().to_dict()
             if f.init and f.name not in _NOT_OPTIONS and isinstance(value, str | int | float | bool | list | dict):
                 if value != getattr(default, "value", default) and value not in ([], {}):
                     config[f.name] = value

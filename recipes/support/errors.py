@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from hf_padam.files import WriteError
+from hf_padam.optim.hyperparameters import UnfitWeightsError
 from hf_padam.resuming.checkpoints import CheckpointError
 
 
@@ -37,7 +38,7 @@ def needs_extra(error: ImportError) -> NoReturn:
 def reports_usage_errors(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a script's main so that errors with a message for the user end it with that alone.
 
-    The exit status is 2 for a `UsageError`, 1 where a run fails on its way: a full disk, gradients that are not
+    The exit status is 2 for what cannot be used, 1 where a run fails on its way: a full disk, gradients that are not
     finite.
     """
 
@@ -45,7 +46,7 @@ def reports_usage_errors(main: Callable[[], None]) -> Callable[[], None]:
     def wrapped() -> None:
         try:
             main()
-        except UsageError as error:
+        except (UsageError, UnfitWeightsError) as error:  # the latter is known when training begins
             print(f"error: {error}", file=sys.stderr)
             sys.exit(UsageError.exit_status)
         except (CheckpointError, WriteError, FloatingPointError, RunFailed) as error:

@@ -18,6 +18,9 @@ from .calibration import observed, prune_calibrated
 from .errors import UsageError
 from .importance_scores import Linear, prune_by_fisher, prune_by_magnitude, prune_by_wanda
 
+_PRUNINGS = 50
+"""How many times weights are pruned along the ramp if no interval is given: as often as PAdam prunes at p = -inf."""
+
 _NORM_DECAY = 0.99
 """Of gradual Wanda's running norms: they look back on about a hundred steps."""
 
@@ -33,10 +36,12 @@ class GradualPruning(TrainerCallback):
         target: Share of zeros in the end.
         start: Share of the steps at which x is 0.
         end: Share of the steps at which x is 1.
-        interval: Steps between two prunings.
+        interval: Steps between two prunings; None for some 50 prunings in all.
     """
 
-    def __init__(self, params: list[nn.Parameter], target: float, start: float, end: float, interval: int) -> None:
+    def __init__(
+        self, params: list[nn.Parameter], target: float, start: float, end: float, interval: int | None
+    ) -> None:
         self.params, self.target, self.start, self.end, self.interval = params, target, start, end, interval
 
     def prune(self, share: float, optimizer: Any) -> None:
@@ -46,7 +51,8 @@ class GradualPruning(TrainerCallback):
     def _share(self, step: int, max_steps: int) -> float | None:
         """Return the share of zeros to prune to after a step, None if it is not time to."""
         first, last = math.ceil(self.start * max_steps), max(1, round(self.end * max_steps))
-        if step != last and not (first <= step < last and (step - first) % self.interval == 0):
+        interval = self.interval or max(1, math.ceil((last - first) / _PRUNINGS))
+        if step != last and not (first <= step < last and (step - first) % interval == 0):
             return None
         x = (step - first) / (last - first) if last > first else 1.0
         return self.target * (1 - (1 - min(1.0, x)) ** 3)
@@ -105,7 +111,7 @@ class WandaPruning(GradualPruning):
         target: Share of zeros in the end.
         start: Share of the steps at which x is 0.
         end: Share of the steps at which x is 1.
-        interval: Steps between two prunings.
+        interval: Steps between two prunings; None for some 50 prunings in all.
         linear: Linear modules and their weights, which are `params`, by name.
         accelerator: Sums over processes.
     """
@@ -118,7 +124,7 @@ class WandaPruning(GradualPruning):
         target: float,
         start: float,
         end: float,
-        interval: int,
+        interval: int | None,
         linear: Mapping[str, Linear],
         accelerator: Accelerator,
     ) -> None:

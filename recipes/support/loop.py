@@ -54,6 +54,7 @@ class LoopArguments(PAdamOptions):
     save_total_limit: int | None = field(default=None, metadata={"help": "How many checkpoints to keep."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "Replaced by parse_arguments."})
     report_to: str = field(default="none", metadata={"help": "A tracker that accelerate knows, e.g. tensorboard."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
     seed: int = field(default=42, metadata={"help": "Seed of data order and dropout."})
 
     def __post_init__(self) -> None:

@@ -135,6 +135,13 @@ def load_model_and_tokenizer(
     return model, tokenizer
 
 
+_PARTS = (
+    "model*.safetensors", "model.safetensors.index.json", "generation_config.json", "chat_template.*", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
+)  # fmt: skip
+"""Files of models that not every model has, and that loaders would take for the one's beside them."""
+
+
 def save_model(output_dir: Path, save: Callable[[str], object], is_main_process: bool) -> None:
     """Save a finished model so that what is in `output_dir` is all of it or none of it. Every process must call this.
 
@@ -148,7 +155,11 @@ def save_model(output_dir: Path, save: Callable[[str], object], is_main_process:
         return
     with staged_directory(output_dir, last="config.json") as staging:
         save(str(staging))
+        written = {file.name for file in staging.iterdir()}
         (output_dir / "results.json").unlink(missing_ok=True)  # an earlier run's, of another model
+    for file in output_dir.iterdir():
+        if file.name not in written and any(file.match(pattern) for pattern in _PARTS):  # of that model
+            file.unlink()
 
 
 def save_trained(trainer: Trainer, output_dir: Path) -> None:

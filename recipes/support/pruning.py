@@ -73,7 +73,10 @@ class PruningArguments:
             "as --prune_start: all at once."
         },
     )
-    prune_interval: int = field(default=20, metadata={"help": "Steps from one pruning to the next on the way."})
+    prune_interval: int | None = field(
+        default=None,
+        metadata={"help": "Steps from one pruning to the next on the way; by default such that there are some 50."},
+    )
     calibration_samples: int = field(
         default=128,
         metadata={"help": "Training sequences that wanda and sparsegpt look at to prune at once."},
@@ -99,7 +102,7 @@ class PruningArguments:
                 "0 <= start <= end <= 1"
             )
         for name in ("prune_interval", "calibration_samples"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)} is too small: it must be at least 1")
         for name in ("prune_by", "prune_start", "prune_end", "prune_interval") if self.prune_to is None else ():
             if getattr(self, name) != self.__dataclass_fields__[name].default:

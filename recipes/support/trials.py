@@ -102,8 +102,7 @@ class Runner:
         write_atomically(job.output_dir / _REQUEST, job.request)
         environment = self._slots.get()
         try:
-            command = [sys.executable, str(RECIPES / job.recipe), *as_arguments(job.options)]
-            command += ["--output_dir", str(job.output_dir), "--disable_tqdm", "true"]
+            command = [sys.executable, str(RECIPES / job.recipe), *_arguments(job)]
             with open(log, "w") as output, self._lock:
                 if self._stopped:
                     raise RunFailed("stopped before it began")
@@ -176,6 +175,10 @@ class Runner:
                 process.terminate()
 
 
+def _arguments(job: Job) -> list[str]:
+    return [*as_arguments(job.options), "--output_dir", str(job.output_dir), "--disable_tqdm", "true"]
+
+
 def check_options(job: Job) -> None:
     """Parse a job's options as its recipe will, so that what it refuses is known before anything runs.
 
@@ -185,7 +188,7 @@ def check_options(job: Job) -> None:
     recipe = importlib.import_module(job.recipe.removesuffix(".py"))
     environment = dict(os.environ)  # which TrainingArguments change, and later runs inherit
     try:
-        recipe.parse([*as_arguments(job.options), "--output_dir", str(job.output_dir)])
+        recipe.parse(_arguments(job))
     except UsageError as error:
         raise UsageError(f"{job.output_dir.name}: {error}") from error
     except SystemExit as exit:  # of argparse, which has said why
@@ -233,6 +236,7 @@ def extra_options(arguments: Sequence[str]) -> Options:
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
+            name = name.replace("-", "_")  # argparse takes both
             options[name] = [value] if equals else []
         elif not options:
             raise UsageError(f"unexpected argument {argument!r}: options for the recipe are --name value")

@@ -350,6 +350,27 @@ def test_sparse_gradients_are_refused(with_closure):
         optimizer.step(*[closure] * with_closure)
 
 
+def test_what_does_not_decay_may_have_sparse_gradients():
+    embedding, linear = nn.Embedding(4, 2, sparse=True), nn.Linear(2, 3)
+    optimizer = torch.optim.SGD([*embedding.parameters(), *linear.parameters()], lr=0.1)
+    add_pnorm_decay(optimizer, p_norm=0.5, lambda_p=1.0, params=[linear.weight])
+    for _ in range(200):
+        optimizer.zero_grad()
+        (0 * linear(embedding(torch.tensor([1]))).sum()).backward()
+        optimizer.step()
+    assert (linear.weight == 0).all() and (embedding.weight != 0).all()
+
+
+def test_a_step_that_a_cuda_graph_would_repeat_is_refused(monkeypatch):
+    param = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([param])
+    add_pnorm_decay(optimizer)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+        optimizer.step()
+
+
 @needs_torchao
 def test_8_bit_padam_has_its_own(llama):
     with pytest.raises(ValueError, match="PAdam8bit has a p-norm decay of its own"):

@@ -56,6 +56,15 @@ def test_a_group_that_is_added_later_is_spared_alike(more, lambda_p):
     assert [group["lambda_p"] for group in optimizer.param_groups] == [0.3, lambda_p]
 
 
+def test_so_it_is_with_a_decay_that_was_added_to_another_optimizer():
+    optimizer = torch.optim.AdamW(two_groups()[:1])
+    add_pnorm_decay(optimizer, p_norm=0.5, lambda_p=0.3)
+    for weight_decay in (0.0, 0.1):
+        optimizer.add_param_group({"params": nn.Parameter(torch.ones(4, 4)), "weight_decay": weight_decay})
+    optimizer.step()
+    assert [group["lambda_p"] for group in optimizer.param_groups] == [0.3, 0.0, 0.3]
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_where_no_group_is_exempt_all_decay_and_vectors_are_warned_of(weight_decay, caplog):
     groups = [group | {"weight_decay": weight_decay} for group in two_groups()]

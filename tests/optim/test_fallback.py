@@ -253,3 +253,12 @@ def test_triton_that_cannot_be_imported_is_a_reason_too(broken, monkeypatch, cap
         backends.check("triton", torch.device("cuda"))
     assert backends.select("auto", torch.device("cuda"), LARGE) is eager
     assert len(warnings(caplog)) == 1
+
+
+def test_auto_tries_the_device_that_holds_the_tensors(monkeypatch):
+    """Not another of its kind, which may be full, or of another make."""
+    asked = []
+    monkeypatch.setattr(triton, "unavailable", asked.append)
+    for index in (1, 0):
+        assert backends.select("auto", torch.device("cuda", index), 1) is not eager
+    assert asked == [torch.device("cuda", 1), torch.device("cuda", 0)]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from hf_padam import PAdam, add_pnorm_decay
+from hf_padam import PAdam, TargetSparsity, add_pnorm_decay
+from hf_padam.optim import importance
 
 OPTIONS = dict(lr=1e-2, p_norm=0.8, lambda_p=0.05)
 
@@ -393,3 +395,61 @@ def test_a_state_of_an_optimizer_without_these_moments_is_refused(kind):
     with pytest.raises(ValueError, match="it is of another optimizer. PAdam goes on from its own states"):
         optimizer.load_state_dict(other.state_dict())
     assert optimizer.state_dict() == before
+
+
+@pytest.mark.parametrize("target", [None, 0.5])
+def test_a_compiled_step_is_the_step(target):
+    """As PyTorch's recipe for compiling optimizers has it; what is compiled calls ours."""
+    weights = []
+    for compiles in (False, True):
+        param = nn.Parameter(torch.linspace(-1, 1, 64))
+        optimizer = PAdam([param], lr=1e-2, p_norm=0.5)
+        if target:
+            TargetSparsity(optimizer, target, 20)
+        step = torch.compile(optimizer.step, backend="eager") if compiles else optimizer.step
+        for number in range(20):
+            param.grad = torch.randn(64, generator=torch.Generator().manual_seed(number))
+            step()
+        weights.append(param.detach())
+    assert torch.equal(*weights)
+
+
+def test_a_first_step_for_which_there_is_no_memory_can_be_taken_again(monkeypatch):
+    param = nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    optimizer = PAdam([param], lr=1e-2)
+    make, calls = optimizer._new_moment, []
+
+    def scarce(param, name):
+        calls.append(name)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return make(param, name)
+
+    monkeypatch.setattr(optimizer, "_new_moment", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 1 and (param < 1).all()
+
+
+def test_what_adams_states_hold_besides_is_refused_or_left(caplog):
+    param = nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    adam = torch.optim.AdamW([param], amsgrad=True)
+    adam.step()
+    optimizer = PAdam([param])
+    optimizer.load_state_dict(adam.state_dict())
+    assert set(optimizer.state[param]) == {"step", "exp_avg", "exp_avg_sq"}
+    other = torch.optim.AdamW([param], maximize=True)
+    other.step()
+    with pytest.raises(ValueError, match="maximize=True, and PAdam minimizes"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+def test_hard_pruning_without_a_target_is_not_done_in_silence(caplog):
+    importance._warn_of_pruning.cache_clear()
+    param = nn.Parameter(torch.tensor([0.5, 2.0]))
+    param.grad = torch.ones(2)
+    PAdam([param], p_norm=-math.inf).step()
+    assert param[0] == 0 < param[1] and "zeroes every weight whose size is below 1" in caplog.text

@@ -154,15 +154,17 @@ def test_blocks_that_are_not_whole_are_refused_by_name(tmp_path):
 
 
 def test_a_matrix_whose_inputs_are_unknown_is_refused_by_name():
-    class Own(nn.Module):
+    class Experts(nn.Module):  # a stack of them, which does not say how it multiplies
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.randn(8, 8))
+            self.config, self.num_experts = None, 3
+            self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 16))
+            self.down_proj = nn.Parameter(torch.randn(3, 16, 8))
 
-    model = nn.Sequential(nn.Linear(8, 8), Own())
-    if "1.weight" in decayed_parameters(model):
-        with pytest.raises(ValueError, match="target_pattern does not go with 1.weight: which of its dimensions"):
-            get_param_groups(model, target_pattern="2:4")
+    model = nn.Sequential(nn.Linear(8, 8), Experts())
+    assert "1.gate_up_proj" in decayed_parameters(model)
+    with pytest.raises(ValueError, match="target_pattern does not go with 1.gate_up_proj: which of its dimensions"):
+        get_param_groups(model, target_pattern="2:4")
     get_param_groups(model, target_pattern="2:4", target_modules=["0"])
 
 

@@ -1,6 +1,7 @@
 """The kept plan of a step: whatever changes between two steps is noticed, and nothing of it is held on to."""
 
 import copy
+import gc
 import io
 import itertools
 import weakref
@@ -385,3 +386,20 @@ def test_groups_to_which_the_same_is_done_take_their_step_together(backend, opti
     set_gradients(twins, 4)
     other.step()
     assert calls == ([1, 1, 2, 2] if optimizer_class is PAdam else [1, 1, 1, 1, 2])
+
+
+def test_a_plan_that_is_replaced_is_freed_at_once():
+    """With all that was made for its launches; not when the garbage is collected, which may be much later."""
+    params = [nn.Parameter(torch.randn(8)) for _ in range(2)]
+    optimizer = PAdam(params, lr=1e-3, backend="eager")
+    plans: weakref.WeakSet = weakref.WeakSet()
+    gc.disable()
+    try:
+        for step in range(6):
+            params[0].grad = torch.randn(8)
+            params[1].grad = torch.randn(8) if step % 2 else None
+            optimizer.step()
+            plans.add(optimizer._plan)
+        assert len(plans) == 1
+    finally:
+        gc.enable()

@@ -666,3 +666,21 @@ def test_a_run_that_was_steered_and_is_not_any_more_says_so(tmp_path, caplog):
         args = training_arguments(TrainingArguments, tmp_path, **settings)
         Trainer(tiny_llama(), args, train_dataset=blocks(), callbacks=callbacks).train(resume_from_checkpoint=resume)
         assert ("of a run on its way to a target" in caplog.text) == (not callbacks)
+
+
+def test_who_is_detached_steers_no_more_and_zeros_are_held_until_the_groups_are_freed():
+    model, x, y = problem()
+    optimizer = PAdam(groups_of(model, 0.5), lr=3e-3)
+    steering = TargetSparsity(optimizer, 0.5, 20)
+    constant = schedule("constant", optimizer, 20)
+    train(model, optimizer, constant, x, y, range(20))
+    steering.detach()
+    assert steering_of(optimizer) is None
+    group = optimizer.param_groups[0]
+    group["lambda_p"] = 10.0
+    train(model, optimizer, constant, x, y, range(5))
+    assert share(weights_of(model)) == 0.5
+    for key in ("reference", "target_step", "target_sparsity"):
+        group.pop(key, None)
+    train(model, optimizer, constant, x, y, range(5))
+    assert share(weights_of(model)) > 0.55

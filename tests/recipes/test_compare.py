@@ -40,7 +40,7 @@ def test_settings_are_told_apart_from_seeds():
 def test_every_setting_of_a_plan_is_a_run_that_its_recipe_understands(file, tmp_path, text_file):
     plan = read_plan(str(file), compare.KEYS, compare.COMPARED_WITH)
     jobs = compare.plan_jobs(plan, {}, tmp_path)
-    for job in list(jobs.values())[: len(jobs) // len(plan["seeds"])]:
+    for job in {key[:2]: job for key, job in jobs.items()}.values():  # of one seed each
         text = {"train_file": str(text_file)} if job.recipe == "pretrain_char.py" else {}
         options = {name: value for name, value in job.options.items() if name != "bf16"}
         check_options(replace(job, options=options | text))
@@ -187,10 +187,11 @@ def test_compare_refuses_a_part_that_its_plan_lacks(tmp_path, option, monkeypatc
     assert f"{' '.join(option)} is not among the plan's" in refusal(compare.main, arguments, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("option", [("--p_norm", "0.3"), ("--seed", "7")], ids=lambda o: o[0])
+@pytest.mark.parametrize("option", [("--p_norm", "0.3"), ("--p-norm", "0.3"), ("--seed", "7")], ids=lambda o: o[0])
 def test_compare_refuses_options_that_its_plan_varies(tmp_path, option, monkeypatch, capsys):
     arguments = [str(plan(tmp_path)), "--output_dir", str(tmp_path / "out"), *option]
-    assert f"{option[0]} is what the plan varies" in refusal(compare.main, arguments, monkeypatch, capsys)
+    name = option[0].removeprefix("--").replace("-", "_")
+    assert f"--{name} is what the plan varies" in refusal(compare.main, arguments, monkeypatch, capsys)
 
 
 def test_compare_leaves_out_what_fails_says_why_and_tables_the_rest(tmp_path, text_file):
@@ -202,6 +203,17 @@ def test_compare_leaves_out_what_fails_says_why_and_tables_the_rest(tmp_path, te
     assert "left out" in result.stdout
     rows = list(csv.DictReader((tmp_path / "out" / "pareto.csv").open()))
     assert [row["method"] for row in rows] == ["AdamW"]
+
+
+@pytest.mark.parametrize("recipe", ["finetune_clm.py", "finetune_clm_no_trainer.py"])
+def test_a_plan_may_be_of_any_recipe_that_trains(recipe, tmp_path, model_dir, text_file):
+    options = {"model_name_or_path": str(model_dir), "train_file": str(text_file), "block_size": 32, "max_steps": 2}
+    methods = {"PAdam": [{"lambda_p": 0.1}]}
+    changed = plan(tmp_path, recipe=recipe, options=options, methods=methods, seeds=[1], dense="PAdam")
+    changed.write_text(changed.read_text().replace("reference: gradual\n", ""))
+    result = run_recipe("compare.py", changed, "--output_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "/2 [" not in (tmp_path / "out" / "padam_lambda_p_0.1-seed1" / "log.txt").read_text(), "no bars in logs"
 
 
 def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkeypatch, capsys):
@@ -285,6 +297,7 @@ def test_a_plan_names_a_method_as_the_teacher_and_runs_it_first(tmp_path, monkey
         (taught, {"save_total_limit": 1}, "which saves no such checkpoint"),
         (both, {"resume_from_checkpoint": "taught"}, "which saves no such checkpoint"),
         (both, {"learning_rate": 1e-4}, "which has another learning_rate: up to the checkpoint"),
+        (both, {"prune_to": 0.5, "prune_by": "wanda", "prune_start": 0.8}, "gradual Wanda keeps norms"),
         (both, {"prune_to": 0.5}, "prunes from step 1 on if at all, but would go on from checkpoint-3"),
     ):
         kept = dict(changed)

@@ -25,7 +25,7 @@ from support.characters import Blocks, character_tokenizer, collate_blocks, enco
 from support.config_files import as_arguments
 from support.errors import UsageError
 from support.importance_scores import prune_by_wanda
-from support.pruning import MagnitudePruning, SoftThreshold, prune_by_magnitude
+from support.pruning import MagnitudePruning, PruningArguments, SoftThreshold, prune_by_magnitude
 from support.trials import Job, RunFailed, check_options, read_plan
 from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerControl, TrainerState, TrainingArguments
@@ -183,6 +183,14 @@ def test_gradual_pruning_follows_the_cubic_and_keeps_its_zeros():
     assert (params[0] == 0).float().mean() > 0.85 > 0.75 > (params[1] == 0).float().mean()
 
 
+@pytest.mark.parametrize(("steps", "prunings"), [(60, 33), (2000, 50)])
+def test_without_an_interval_there_are_some_50_prunings_along_the_ramp(steps, prunings):
+    pruning = MagnitudePruning([], 0.5, 0.2, 0.75, PruningArguments().prune_interval)
+    shares = [pruning._share(step, steps) for step in range(1, steps + 1)]
+    made = [share for share in shares if share is not None]
+    assert len(made) == prunings + 1 and made[-1] == 0.5
+
+
 def test_all_at_once_then_recovery():
     params = [nn.Parameter(torch.arange(1.0, 101.0))]
     shares = drive(MagnitudePruning(params, 0.3, 0.5, 0.5, 20), params, torch.optim.SGD(params, lr=1e-3), 10)
@@ -282,6 +290,8 @@ def test_a_sweep_leaves_out_what_fails_and_tables_the_rest(tmp_path, failing, st
 def test_a_sweep_refuses_an_option_that_it_searches(tmp_path, monkeypatch, capsys):
     file = REPOSITORY / "recipes" / "configs" / "sweep_char_cpu.yaml"
     arguments = [str(file), "--output_dir", str(tmp_path), "--p_norm", "0.5"]
+    assert "p_norm is searched, and given as an option" in refusal(sweep.main, arguments, monkeypatch, capsys)
+    arguments[-2] = "--p-norm"
     assert "p_norm is searched, and given as an option" in refusal(sweep.main, arguments, monkeypatch, capsys)
 
 

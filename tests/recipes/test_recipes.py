@@ -8,8 +8,10 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import finetune_clm
 import pytest
 import torch
 import yaml
@@ -21,7 +23,7 @@ from support.config_files import save_config
 from support.report import RESULT_KEYS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_padam import PAdamTrainingArguments, decayed_parameters
+from hf_padam import PAdamTrainer, PAdamTrainingArguments, decayed_parameters
 from hf_padam.files import locked
 
 RECIPES = ("finetune_clm.py", "finetune_clm_no_trainer.py")
@@ -40,9 +42,14 @@ def write_config(directory: Path, **settings) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_leaves_a_sparse_model_results_and_pictures(tmp_path, model_dir, text_file, recipe):
     out = tmp_path / "out"
+    out.mkdir()
+    for name in ("chat_template.jinja", "model-00001-of-00002.safetensors", "notes.txt"):
+        (out / name).write_text("of what was there before")
     config = write_config(tmp_path, model_name_or_path=model_dir, train_file=text_file, output_dir=out)
     result = run_recipe(recipe, config)
     assert result.returncode == 0, result.stderr[-3000:]
+    left = {file.name for file in out.iterdir() if file.is_file() and file.read_bytes() == b"of what was there before"}
+    assert left == {"notes.txt"}, "another model's parts would be taken for this one's"
     assert "zeros among the decayed weights" in result.stdout and str(out) in result.stdout
 
     results = json.loads((out / "results.json").read_text())
@@ -69,6 +76,24 @@ def test_a_recipe_leaves_a_sparse_model_results_and_pictures(tmp_path, model_dir
     again = json.loads((tmp_path / "again" / "results.json").read_text())
     for key in ("test_perplexity", "sparsity", "validation_loss"):
         assert again[key] == results[key], "the written configuration repeats the run exactly"
+
+
+def test_a_run_that_is_killed_in_the_evaluations_after_training_has_its_model(
+    tmp_path, model_dir, text_file, monkeypatch
+):
+    def killed(self, *args, metric_key_prefix="eval", **kwargs):
+        if metric_key_prefix == "validation":
+            raise KeyboardInterrupt
+        return {f"{metric_key_prefix}_perplexity": 1.0}
+
+    monkeypatch.setattr(PAdamTrainer, "evaluate", killed)
+    config = write_config(tmp_path, model_name_or_path=model_dir, train_file=text_file, output_dir=tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["finetune_clm.py", str(config)])
+    with pytest.raises(KeyboardInterrupt):
+        finetune_clm.main()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert any((p == 0).any() for p in decayed_parameters(model).values())
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_both_recipes_do_the_same_job(tmp_path, model_dir, text_file):
@@ -178,6 +203,7 @@ def test_lists_and_dicts_survive_a_config_and_its_copy(tmp_path):
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": schedule,
         "report_to": ["tensorboard"],
+        "accelerator_config": {"split_batches": True},
     }
     config.write_text(yaml.safe_dump(settings))
     kinds = (ModelArguments, DataArguments, PAdamTrainingArguments)
@@ -185,6 +211,7 @@ def test_lists_and_dicts_survive_a_config_and_its_copy(tmp_path):
         parsed = parse_arguments("", *kinds, argv=[str(config)])
         assert parsed[2].optim_target_modules == ["q_proj", "v_proj"]
         assert parsed[2].lr_scheduler_kwargs == schedule
+        assert parsed[2].accelerator_config.split_batches
         config = tmp_path / "run_config.yaml"
         save_config(config, *parsed)
 

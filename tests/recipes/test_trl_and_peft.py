@@ -70,7 +70,7 @@ def conversations(kind, path):
 def test_trls_trainer_reaches_the_target_on_any_conversations(run, tmp_path, chat_dir, kind):
     """The perplexity is that of the answers, of whole conversations where the data do not say what is an answer."""
     file = conversations(kind, tmp_path)
-    options = {"gradient_checkpointing": False, "bf16": False, "max_length": 64, "per_device_eval_batch_size": 3}
+    options = {"gradient_checkpointing": False, "max_length": 64, "per_device_eval_batch_size": 3}
     results, model, printed = run(SFT, model_name_or_path=chat_dir, train_file=file, **options)
     decayed = decayed_parameters(model)
     zeros, size = (sum(count(p) for p in decayed.values()) for count in (lambda p: int((p == 0).sum()), torch.numel))
@@ -102,7 +102,7 @@ def test_trls_trainer_reaches_the_target_on_any_conversations(run, tmp_path, cha
     ],
 )
 def test_what_trls_trainer_cannot_use_is_said(complain, changes, message):
-    assert message in complain(script=SFT, block_size=None, bf16=False, **changes)
+    assert message in complain(script=SFT, block_size=None, **changes)
 
 
 USER, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}
@@ -130,7 +130,7 @@ USER, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "conte
 def test_rows_that_are_no_conversations_are_named(complain, chat_dir, tmp_path, row, message):
     data = tmp_path / "rows.jsonl"
     data.write_text(f"{json.dumps(row)}\n" * 40)
-    options = {"model_name_or_path": chat_dir, "train_file": data, "block_size": None, "bf16": False}
+    options = {"model_name_or_path": chat_dir, "train_file": data, "block_size": None}
     said = complain(script=SFT, **options)
     assert re.search(message, said), said
 
@@ -149,14 +149,14 @@ def test_what_leaves_nothing_to_train_on_is_said(complain, chat_dir, tmp_path, c
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"prompt": [USER], "completion": [ANSWER]}) + "\n")
     data.write_text(data.read_text() * 40)
-    options = {"model_name_or_path": chat_dir, "train_file": data, "block_size": None, "bf16": False}
+    options = {"model_name_or_path": chat_dir, "train_file": data, "block_size": None}
     assert message in complain(script=SFT, **options | change)
 
 
 def test_a_text_of_one_passage_has_no_answers(complain, chat_dir, tmp_path):
     text = tmp_path / "one.txt"
     text.write_text("Hello.\n")
-    message = complain(script=SFT, block_size=None, bf16=False, model_name_or_path=chat_dir, train_file=text)
+    message = complain(script=SFT, block_size=None, model_name_or_path=chat_dir, train_file=text)
     assert "the train text has 1 passages: a prompt and an answer take two" in message
 
 

@@ -84,21 +84,21 @@ def select(choice: str, device: torch.device, elements: int) -> ModuleType:
             name = "compiled" if elements >= _COMPILE_PAYS_FROM else "eager"
         else:
             name = "triton"
-        return eager if name == "eager" or _refusal(name, device.type) else _OR_EAGER[name]
+        return eager if name == "eager" or _refusal(name, device) else _OR_EAGER[name]
     check(choice, device)
     return BACKENDS[choice]
 
 
-def _refusal(name: str, device_type: str) -> str | None:
+def _refusal(name: str, device: torch.device) -> str | None:
     """Ask a backend whether it can run; say so once if a slower one takes its place, even if only for a while."""
     try:
-        reason = BACKENDS[name].unavailable(torch.device(device_type))
+        reason = BACKENDS[name].unavailable(device)
     except Exception as error:  # devices tell a lack of memory by classes of their own
         if not lacks_memory(error):
             raise
         reason = f"there was no memory to try backend {name} in, which will be tried again ({summary(error)})"
     if reason is not None:
-        _say_that_eager_runs(device_type, reason)
+        _say_that_eager_runs(device.type, reason)
     return reason
 
 
