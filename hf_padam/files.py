@@ -253,13 +253,23 @@ def staged_new_directory(directory: str | Path, replace: bool = False, last: str
         with _temporary(unshared(Path(f"{hidden}{INCOMPLETE}"), alone)) as temporary:
             yield temporary
             publish(temporary, directory, replaced)
-            if replaced.exists():  # deleted in a moment: a kill then must not leave half of it to come back
+            if replaced.exists():  # deleted in a moment: neither it nor half of it is to come back after a kill
                 os.rename(replaced, temporary)
+            flush(directory.parent)
 
 
 def publish(temporary: Path, directory: Path, replaced: Path) -> None:
-    """Rename a directory to its place, once it is on the disk. What is there goes to `replaced`, or stays."""
+    """Rename a directory to its place, once it is on the disk; the caller flushes the place.
+
+    What is there goes to `replaced`, or stays; its permissions are the new one's.
+    """
     flush_tree(temporary)
+    if directory.exists():
+        there = directory.stat()
+        with suppress(PermissionError):  # a file system without them, or another's group
+            os.chmod(temporary, stat.S_IMODE(there.st_mode))
+            os.chown(temporary, -1, there.st_gid)
+            os.chmod(temporary, stat.S_IMODE(there.st_mode))  # which a new group takes some of away
     if directory.is_dir() and is_free(directory):  # renamed over
         (directory / LOCK).unlink(missing_ok=True)
         discard(directory / INCOMPLETE)
@@ -268,11 +278,10 @@ def publish(temporary: Path, directory: Path, replaced: Path) -> None:
         os.rename(directory, replaced)
     try:
         os.rename(temporary, directory)
-    except OSError:
-        if replaced.exists():
+    except BaseException:
+        if replaced.exists() and not directory.exists():
             os.rename(replaced, directory)
         raise
-    flush(directory.parent)
 
 
 def is_free(directory: Path) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from hf_padam import files
 from hf_padam.files import (
     LOCK,
     BusyError,
@@ -281,3 +283,37 @@ def test_the_lock_of_another_user_is_respected_and_left(tmp_path, monkeypatch):
 def killed(directory):
     if directory.is_dir():
         raise KeyboardInterrupt
+
+
+def test_an_interrupt_between_the_two_renames_leaves_what_was_there(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    rename = os.rename
+
+    def interrupted(source, target):
+        if str(target) == str(tmp_path / "out") and "incomplete" in str(source):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), staged_new_directory(tmp_path / "out", replace=True) as staging:
+        (staging / "new").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_replaced_does_not_come_back_if_the_last_flush_is_interrupted(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+
+    def interrupted(path):
+        if (tmp_path / "out" / "new").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "flush", interrupted)
+    with pytest.raises(KeyboardInterrupt), staged_new_directory(tmp_path / "out", replace=True) as staging:
+        (staging / "new").touch()
+    shutil.rmtree(tmp_path / "out")
+    with staged_new_directory(tmp_path / "out") as staging:
+        (staging / "newer").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["newer"]

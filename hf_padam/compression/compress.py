@@ -8,6 +8,7 @@ checksums of its own header, of config.json and of the index.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,13 +16,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..files import LOCK, is_free, real, staged_new_directory
 from .hub import find, upload
 from .model_card import add_sparsity, remove_sparsity
-from .model_directory import CONFIG, OTHER_WEIGHTS, QUANT_METHOD, VERSION_KEY, ModelDirectory, checksum, unpacked
+from .model_directory import (
+    CONFIG,
+    OTHER_WEIGHTS,
+    QUANT_METHOD,
+    TEXT_CONFIG,
+    VERSION_KEY,
+    ModelDirectory,
+    checksum,
+    unpacked,
+)
 from .packing import (
     FORMAT_VERSION,
     REMEDY,
@@ -200,7 +211,10 @@ def save_compressed(
     """
     with _new_directory(None, directory, force) as staging:
         dense, packed = staging / "dense", staging / "packed"
-        model.save_pretrained(dense, **save_options)
+        try:
+            model.save_pretrained(dense, **save_options)
+        except SafetensorError as error:  # as which its library raises a full disk
+            raise OSError(str(error)) from error
         result = compress(dense, packed)
         shutil.rmtree(dense)
         for file in packed.iterdir():
@@ -250,12 +264,13 @@ def _copy_others(source: Path, destination: Path) -> list[str]:
 
 
 def _compress_weights(model: ModelDirectory, directory: Path) -> None:
-    config = dict(model.config)
-    dtypes = [stored.info.dtype for stored in model.stored]
-    if "dtype" not in config and "torch_dtype" not in config:  # Transformers would look for it in the dense weights
-        names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-        config["dtype"] = next((names[dtype] for dtype in dtypes if dtype in names), "float32")
-    config["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+    config = copy.deepcopy(model.config)
+    for part in (config, config.get(TEXT_CONFIG)):
+        if not isinstance(part, dict):
+            continue
+        if part.get("dtype") is None and part.get("torch_dtype") is None:
+            part["dtype"] = _dtype(model)
+        part["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
     (directory / CONFIG).write_bytes(_as_json(config))
     companions = {CONFIG: checksum(_as_json(config)), INDEX: checksum(b"")}
     writers: list[TensorWriter] = []
@@ -281,6 +296,13 @@ def _compress_weights(model: ModelDirectory, directory: Path) -> None:
     finally:
         for writer in writers:
             writer.close()
+
+
+def _dtype(model: ModelDirectory) -> str:
+    """Return the dtype that Transformers, where the config has none, takes from the dense weights: the first one's."""
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+    first = {tensor.info.name: tensor.info.dtype for tensor in model.files[0].tensors} if model.files else {}
+    return next((names[dtype] for _, dtype in sorted(first.items()) if dtype in names), "float32")
 
 
 def _pack_file(file: TensorFile, writer: TensorWriter, bar: tqdm) -> int:

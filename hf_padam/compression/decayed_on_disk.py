@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..resuming.weight_names import UnknownNamesError, names_in_memory
 from ..training.param_groups import decayed_parameters, input_dim, remembered_choice
-from .model_directory import ModelDirectory
+from .model_directory import TEXT_CONFIG, ModelDirectory
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class DecayedOnDisk:
 
         def along_rows(name: str, in_memory: str) -> bool:
             with suppress(ValueError):  # it is not known of this kind of module
-                return len(shapes[name]) == named.get_parameter(in_memory).ndim and input_dim(named, in_memory) == -2
+                here, there = list(named.get_parameter(in_memory).shape), list(shapes[name])
+                transposed = here != there and here[-2:] == there[:-3:-1]  # as Transformers' conversion turns it
+                return len(here) == len(there) and (input_dim(named, in_memory) == -2) != transposed
             return False
 
         return cls(
@@ -91,8 +93,10 @@ def skeleton(model: ModelDirectory) -> nn.Module:
     logging.set_verbosity_error()
     try:
         config: Any = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        parts: list[Any] = [config, getattr(config, TEXT_CONFIG, None)]
+        for part in parts:
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
         named = getattr(transformers, (config.architectures or [""])[0], None)
         with torch.device("meta"):
             if isinstance(named, type) and issubclass(named, PreTrainedModel):  # and nothing else that it has

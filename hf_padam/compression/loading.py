@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..resuming.weight_names import UnknownNamesError, names_in_memory
 from .decayed_on_disk import skeleton
-from .model_directory import QUANT_METHOD, ModelDirectory, check_version, unpack
+from .model_directory import QUANT_METHOD, TEXT_CONFIG, ModelDirectory, check_version, unpack
 from .packing import FORMAT_VERSION, REMEDY, CompressionError
 
 _HOW_TO_FIT = (
@@ -212,6 +212,9 @@ class CompressedQuantizer(HfQuantizer):
                     operations.remove(operation)
                 own.append(conversion)
         model._weight_conversions = own
+        text: Any = getattr(model.config, TEXT_CONFIG, None)  # at the top, Transformers forgets it
+        if hasattr(text, "quantization_config"):
+            del text.quantization_config
         return model
 
     def _check_names(self, model: PreTrainedModel) -> None:

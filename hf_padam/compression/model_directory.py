@@ -28,12 +28,17 @@ from .parallel import in_order
 from .tensor_files import INDEX, SINGLE, StoredTensor, TensorFile
 
 CONFIG = "config.json"
+TEXT_CONFIG = "text_config"
+"""The key of the language model's part in the config of a multimodal model; its class may be loaded alone."""
 QUANT_METHOD = "hf_padam"
 """How a compressed model's config.json names the format, under `quantization_config`."""
 VERSION_KEY = "hf_padam_format"
 """The key of the format's version in the metadata of a compressed safetensors file."""
 
-OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".distcp")
+OTHER_WEIGHTS = (
+    ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".distcp", ".ot", ".tflite",
+    ".mlmodel", ".npz", ".pkl", ".nemo", ".pdparams", ".keras", "openvino_model.xml",
+)  # fmt: skip
 """How files of weights end that are not read here."""
 
 _DTYPES = {
@@ -113,12 +118,14 @@ class ModelDirectory:
 
     @cached_property
     def quantization(self) -> dict[str, Any]:
-        """The config's `quantization_config`, empty where there is none.
+        """The config's `quantization_config`, or that of its language model; empty where there is none.
 
         Raises:
             CompressionError: If it is no JSON object.
         """
-        quantization = self.config.get("quantization_config")
+        quantization, text = self.config.get("quantization_config"), self.config.get(TEXT_CONFIG)
+        if quantization is None and isinstance(text, dict):
+            quantization = text.get("quantization_config")
         if quantization is not None and not isinstance(quantization, dict):
             raise CompressionError(
                 f"{self.path / CONFIG} is damaged: its quantization_config is {quantization!r}. {REMEDY}"

@@ -7,6 +7,7 @@ weights that follow one another along the input, two at most are not zero), whic
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -207,7 +208,7 @@ def _parts(info: TensorInfo, m: int) -> list[tuple[int, int]]:
     torch_dtype(info)
     if not info.nbytes:
         return []
-    row = info.nbytes // info.shape[0] if len(info.shape) > 1 else info.nbytes // info.elements
+    row = info.nbytes // math.prod(info.shape[:-1]) if len(info.shape) > 1 else info.nbytes // info.elements
     size = max(1, _PART // (m * row)) * m * row
     return [(start, min(size, info.nbytes - start)) for start in range(0, info.nbytes, size)]
 
@@ -236,6 +237,6 @@ def _count_part(
             total = torch.from_numpy(np.bitwise_count(zeros.numpy().view(f"u{m}")))
         else:
             positions = [zeros[i::m] if along_rows else zeros[:, i::m] for i in range(m)]
-            total = sum(positions[1:], positions[0].clone())
+            total = sum(positions[1:], positions[0].to(torch.int32))
         blocks, holding = total.numel(), int(torch.count_nonzero(total >= m - n))
     return count.zeros, count.near_zeros or 0, blocks, holding

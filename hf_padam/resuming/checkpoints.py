@@ -22,7 +22,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..files import INCOMPLETE, BusyError, describe_disk, discard, locked, publish, unshared
+from ..files import INCOMPLETE, BusyError, describe_disk, discard, flush, locked, publish, unshared
 
 logger = logging.getLogger(__name__)
 
@@ -320,6 +320,7 @@ def _publish(staging: Path, checkpoint: Path) -> None:
     if checkpoint.exists():
         logger.warning("%s is replaced by a new one of the same step.", checkpoint)
     publish(staging, checkpoint, staging.with_name(f"replaced-{checkpoint.name}"))
+    flush(checkpoint.parent)
     discard(staging.parent)
 
 

@@ -71,11 +71,17 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-# evaluate makes a cache directory even for modules that work in memory; the default one may not be writable.
-_IN_MEMORY = {"keep_in_memory": True, "cache_dir": tempfile.gettempdir()}
+class _InMemory:
+    """Of modules that keep nothing on the disk: evaluate would make directories that another user cannot enter."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"keep_in_memory": True, "cache_dir": tempfile.gettempdir()} | kwargs)
+
+    def _build_data_dir(self) -> str:
+        return tempfile.gettempdir()
 
 
-class Perplexity(evaluate.Metric):
+class Perplexity(_InMemory, evaluate.Metric):
     """exp(NLL / tokens), over all predicted tokens of all sequences, however they were batched.
 
     ``predictions`` are the sequences' summed NLLs in nats, ``references`` their numbers of predicted tokens; both come
@@ -85,9 +91,6 @@ class Perplexity(evaluate.Metric):
     Raises:
         ValueError: From ``compute``, if no token was predicted.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **_IN_MEMORY | kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -109,7 +112,7 @@ class Perplexity(evaluate.Metric):
         return {"perplexity": math.inf if loss > 700 else math.exp(loss), "loss": loss, "tokens": tokens}
 
 
-class WeightSparsity(evaluate.Measurement):
+class WeightSparsity(_InMemory, evaluate.Measurement):
     """Share of weights that are exactly zero, over the decayed weights and over all of them.
 
     ``compute(model=model, decayed=names)`` counts a model's; ``compute(data=rows)`` reduces rows of counts, each with
@@ -117,9 +120,6 @@ class WeightSparsity(evaluate.Measurement):
     ``decayed_parameters`` and ``total_parameters``. A share is None where nothing decays, or where weights are packed
     (4-bit quantisation) and cannot be counted.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **_IN_MEMORY | kwargs)
 
     def _info(self) -> evaluate.MeasurementInfo:
         row = {

@@ -17,10 +17,14 @@ import torch
 import zstandard
 from conftest import REPOSITORY, blocks, character_tokenizer, tiny_gpt2, tiny_llama
 from huggingface_hub.utils import filter_repo_objects
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Llama4Config,
+    Llama4ForCausalLM,
+    Llama4ForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
     Trainer,
@@ -32,6 +36,7 @@ from hf_padam.__main__ import main
 from hf_padam.compression import model_directory
 from hf_padam.compression.model_directory import ModelDirectory, unpack
 from hf_padam.compression.packing import CompressionError, TensorInfo, pack_chunk
+from hf_padam.files import WriteError
 
 
 def prune(model, share=0.6, seed=0):
@@ -237,6 +242,43 @@ def test_loading_takes_dtype_and_device_map(sparse_llama, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "compressed")("a").input_ids
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+def test_where_the_config_names_no_dtype_it_is_that_of_the_dense_model(key, sparse_llama, tmp_path):
+    """The first tensor's by name, as Transformers has it, though others be of another and come first in the file."""
+    weights = load_file(sparse_llama / "model.safetensors")
+    mixed = {name: t.float() if "norm" in name else t.bfloat16() for name, t in weights.items()}
+    save_file(mixed, sparse_llama / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((sparse_llama / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name != "dtype"} | ({key: None} if key else {})
+    (sparse_llama / "config.json").write_text(json.dumps(config))
+    compress(sparse_llama, tmp_path / "compressed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "compressed")
+    assert loaded.dtype == torch.bfloat16
+    assert_same_weights(loaded, AutoModelForCausalLM.from_pretrained(sparse_llama))
+
+
+def tiny_llama4(**text):
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    text |= dict(vocab_size=97, intermediate_size_mlp=64, num_key_value_heads=2, head_dim=8, num_local_experts=2)
+    vision = dict(image_size=8, patch_size=4, vision_output_dim=32, projector_input_dim=32, projector_output_dim=32)
+    vision |= sizes | dict(intermediate_size=128)
+    return Llama4ForConditionalGeneration(
+        Llama4Config(text_config=sizes | text | {"pad_token_id": 0}, vision_config=vision)
+    )
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_the_language_model_of_a_multimodal_one_loads_alone(dtype, tmp_path):
+    """Transformers looks for its dtype, and for how it is packed, in its part of the config."""
+    tiny_llama4(**({"dtype": dtype} if dtype else {})).bfloat16().save_pretrained(tmp_path / "dense")
+    compress(tmp_path / "dense", tmp_path / "compressed")
+    for kind in (AutoModelForCausalLM, Llama4ForCausalLM, Llama4ForConditionalGeneration):
+        loaded = kind.from_pretrained(tmp_path / "compressed")
+        assert_same_weights(loaded, kind.from_pretrained(tmp_path / "dense"))
+        loaded.save_pretrained(tmp_path / "again")
+        assert "quantization_config" not in (tmp_path / "again" / "config.json").read_text()
+
+
 def test_fine_tuning_goes_on_from_it_and_keeps_every_zero(sparse_llama, tmp_path):
     compress(sparse_llama, tmp_path / "compressed")
 
@@ -379,6 +421,37 @@ def test_a_replacement_that_fails_leaves_what_was_there(sparse_llama, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
 
 
+@pytest.mark.parametrize("mode", [0o700, 0o2770])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_directory_that_is_there_keeps_its_permissions(mode, force, sparse_llama, tmp_path):
+    destination = tmp_path / "private"
+    if force:
+        shutil.copytree(sparse_llama, destination)
+    else:
+        destination.mkdir()
+    destination.chmod(mode)
+    compress(sparse_llama, destination, force=force)
+    assert destination.stat().st_mode & 0o7777 == mode
+
+
+def test_a_disk_that_fills_up_while_safetensors_writes_is_a_write_error(tmp_path, monkeypatch):
+    model = tiny_llama()
+    full = mock.Mock(side_effect=SafetensorError("I/O error: No space left on device"))
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(WriteError, match="could not be written.*No space left"):
+        save_compressed(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_in_other_formats_are_left_out(sparse_llama, tmp_path):
+    names = ("rust_model.ot", "64.tflite", "model.onnx_data", "x.npz", "weights.pkl", "openvino_model.xml")
+    for name in names:
+        (sparse_llama / name).write_bytes(b"large")
+    compressed = compress(sparse_llama, tmp_path / "compressed")
+    assert set(names) <= set(compressed.left_out)
+    assert not [name for name in names if (tmp_path / "compressed" / name).exists()]
+
+
 def test_a_link_stays_a_link(sparse_llama, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
@@ -398,6 +471,12 @@ def test_a_dense_model_compresses_with_a_note(model_dir, tmp_path):
         (lambda path: (path / "config.json").unlink(), "no config.json"),
         (lambda path: (path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}'), "fp8"),
         (lambda path: (path / "config.json").write_text('{"quantization_config": [4]}'), "quantization_config is .4."),
+        (
+            lambda path: (path / "config.json").write_text(
+                '{"text_config": {"quantization_config": {"quant_method": "awq"}}}'
+            ),
+            "is quantized .awq.",
+        ),
         (lambda path: os.truncate(path / "model.safetensors", 5000), "model.safetensors is damaged"),
         (lambda path: shutil.rmtree(path), "neither a directory nor a model's id"),
         (lambda path: compress(path, path / "c") and shutil.copytree(path / "c", path, dirs_exist_ok=True), "already"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import blocks, tiny_gpt2, tiny_llama
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +23,8 @@ from transformers import (
     MambaConfig,
     MixtralConfig,
     Qwen3MoeConfig,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments, WeightSparsity, compress, decayed_parameters
@@ -235,6 +238,42 @@ def test_blocks_hold_in_stacks_of_experts_along_their_inputs(family, tmp_path, c
     rows = [row for row in report_of(tmp_path, capsys)["tensors"] if row["decayed"]]
     assert any(len(row["shape"]) == 3 for row in rows) == (family == "gpt-oss")
     assert {row["2:4_blocks"] for row in rows} == {1.0}
+
+
+def test_blocks_hold_along_the_inputs_of_stacks_that_loading_transposes(tmp_path, capsys):
+    """As the original checkpoints of Qwen3-VL's mixtures have them; Transformers saves them in its own way."""
+    sizes = dict(hidden_size=32, intermediate_size=64, moe_intermediate_size=24, num_hidden_layers=1)
+    text = sizes | dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4)
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}}
+    vision = dict(hidden_size=32, intermediate_size=64, depth=1, num_heads=4, patch_size=4, out_hidden_size=32)
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]})
+    model = Qwen3VLMoeForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, param in decayed_parameters(model).items():
+            matrices = param.transpose(-1, -2) if input_dim(model, name) == -2 else param
+            matrices[..., 2::4] = matrices[..., 3::4] = 0
+    model.save_pretrained(tmp_path)
+    shapes = {name: param.shape for name, param in model.state_dict().items()}
+    weights = load_torch(tmp_path / "model.safetensors")
+    stacks = {name: t for name, t in weights.items() if "experts" in name and t.ndim == 3}
+    for name, tensor in stacks.items():
+        if tensor.shape == shapes[name]:  # not as the originals have it
+            weights[name] = tensor.transpose(1, 2).contiguous()
+    save_torch(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path)
+    assert stacks and all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+    rows = [row for row in report_of(tmp_path, capsys)["tensors"] if row["decayed"]]
+    assert {row["2:4_blocks"] for row in rows} == {1.0}
+
+
+@pytest.mark.parametrize("m", [255, 256, 512])
+def test_blocks_may_be_of_any_length(m, tmp_path, capsys):
+    model = tiny_llama(intermediate_size=m)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path)
+    rows = report_of(tmp_path, capsys, "--pattern", f"1:{m}")["tensors"]
+    assert {row[f"1:{m}_blocks"] for row in rows if "down_proj" in row["name"]} == {1.0}
 
 
 @pytest.mark.parametrize("optim", ["padam", "adamw_torch"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 
 import evaluate
 import pytest
@@ -155,3 +156,12 @@ def test_zeros_that_cannot_be_looked_at_are_not_known_and_others_are(kind, near_
     assert (counts[1].zeros, counts[1].elements) == (1, 2)
     summary = summarize(counts)
     assert (summary["sparsity"], summary["sparsity_total"], summary["total_parameters"]) == (0.5, None, None)
+
+
+def test_metrics_make_no_directories(tmp_path, monkeypatch):
+    """In a directory that all users share, those of one would be in another's way."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert Perplexity().compute(predictions=[1.0], references=[1])["loss"] == 1.0
+    row = {"name": "w", "elements": 4, "zeros": 1, "decayed": True}
+    assert WeightSparsity().compute(data=[row])["sparsity"] == 0.25
+    assert not list(tmp_path.iterdir())
