@@ -8,8 +8,12 @@ from typing import Any
 from .hyperparameters import is_number
 from .schedules import EXCLUDES_TARGET, FINAL
 
-DEFAULT_START, DEFAULT_END = 0.2, 0.75
-"""Of the ramp, as shares of the training. What dies at once dies before the gradient has said whether it is needed."""
+LONG_RAMP, SHORT_RAMP = (0.2, 0.75), (0.05, 0.2)
+"""Where the ramp begins and ends, as shares of the training. What dies at once dies before the gradient has said
+whether it is needed; which few are needed least is known early, and the others have longer to make up for them."""
+
+SHORT_UP_TO = 0.4
+"""The largest target of which the ramp is short. (Measured: recipes/README.md, on ramps.)"""
 
 SCOPES = ("global", "layer")
 
@@ -57,14 +61,22 @@ def check_target(target: float) -> None:
         )
 
 
-def check_ramp(start: float, end: float) -> None:
-    """Check when zeros are made.
+def ramp(target: float, start: float | None, end: float | None) -> tuple[float, float]:
+    """Return when zeros are made, as shares of the training: what is given, or goes with the target.
+
+    Args:
+        target: The largest, of several.
+        start: None for the default.
+        end: None for the default.
 
     Raises:
         ValueError: If the two are no shares of the training, in this order.
     """
+    default = SHORT_RAMP if start is None and end is None and target <= SHORT_UP_TO else LONG_RAMP
+    start, end = default[0] if start is None else start, default[1] if end is None else end
     if not is_number(start) or not is_number(end) or not 0 <= start <= end <= 1:
         raise ValueError(
             f"target_start={start!r} and target_end={end!r} are not allowed: they are shares of the training steps, "
             "0 <= start <= end <= 1"
         )
+    return float(start), float(end)  # not NumPy's, in its precision

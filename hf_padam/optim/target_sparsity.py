@@ -37,7 +37,7 @@ from .importance import REFERENCE, SCALE, Measured, fisher_scale, measure
 from .padam import PAdam, unwrap
 from .patterns import PATTERN, check_blocks, missing_in_blocks, sparing, zero_in_blocks_
 from .quantiles import Histogram, histogram, histograms, quantile, tally, zero_below_, zero_smallest_
-from .target_options import DEFAULT_END, DEFAULT_START, STATE, check_ramp, check_steerable, check_target
+from .target_options import STATE, check_steerable, check_target, ramp
 from .update import YOUNG_STEPS
 
 logger = logging.getLogger(__name__)
@@ -88,9 +88,10 @@ class TargetSparsity:
         target: Share of exact zeros, in (0, 1), among the weights of the steered groups; None for the groups' own:
             those with one are steered, and those of one share and `target_pool` together.
         total_steps: Optimizer steps that the whole training takes.
-        start: Share of the steps at which the ramp begins.
-        end: Share of the steps at which it has arrived, and the survivors' recovery begins. The same as `start`: all
-            zeros are made at once, by the size that weights then have.
+        start: Share of the steps at which the ramp begins: 0.2 by default; 0.05, if `end` is not given either and the
+            (largest) target is 0.4 or less.
+        end: Share of the steps at which it has arrived, and the survivors' recovery begins: 0.75 by default, or 0.2.
+            The same as `start`: all zeros are made at once, by the size that weights then have.
         per_group: Every group arrives at the target by itself, rather than all of them together; groups with a
             `target_pool` say so themselves where `target` is None.
 
@@ -104,21 +105,17 @@ class TargetSparsity:
         target: float | None = None,
         total_steps: int = 0,
         *,
-        start: float = DEFAULT_START,
-        end: float = DEFAULT_END,
+        start: float | None = None,
+        end: float | None = None,
         per_group: bool = False,
     ) -> None:
         """Check the arguments and attach; see the class."""
         if not is_number(total_steps) or not 1 <= total_steps < math.inf:
             raise ValueError(f"total_steps={total_steps!r} is not allowed: it must be a number of steps, at least 1")
-        check_ramp(start, end)
         self._given, self.per_group = target, per_group
         self._said = False  # that a target is not met
         self._decays: list[float] = []  # lambda_p in the latest step, of each steered group
-        self.at_once = start == end
-        total_steps, start, end = int(total_steps), float(start), float(end)  # not NumPy's, in its precision
-        self.first = min(math.floor(start * total_steps), total_steps - 1)
-        self.last = max(self.first + 1, round(end * total_steps))  # the ramp arrives after this many steps
+        ramp(1.0, start, end)
         self.optimizer = unwrap(optimizer)
         if not isinstance(self.optimizer, PAdam):
             raise ValueError(
@@ -140,6 +137,10 @@ class TargetSparsity:
                 check_blocks(group)
         if target is not None:
             self._given = float(target)
+        total_steps, (start, end) = int(total_steps), ramp(max(map(self._target, steered)), start, end)
+        self.at_once = start == end
+        self.first = min(math.floor(start * total_steps), total_steps - 1)
+        self.last = max(self.first + 1, round(end * total_steps))  # the ramp arrives after this many steps
         if any(group["importance"] == "fisher" for group in steered):  # nothing is known of weights before
             if self.first < YOUNG_STEPS:
                 logger.info("Target sparsity: zeros are made from step %d on, not %d.", YOUNG_STEPS, self.first)

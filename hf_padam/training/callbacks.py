@@ -17,7 +17,7 @@ from ..optim.backends import select
 from ..optim.hyperparameters import innermost
 from ..optim.schedules import DEFAULT_SHARE, FINAL, MOVES, check_schedule, set_p_norm
 from ..optim.schedules import DEFAULT_START as DEFAULT_SCHEDULE_START
-from ..optim.target_options import DEFAULT_END, DEFAULT_START, check_ramp, check_target
+from ..optim.target_options import check_target, ramp
 from ..sparsity import local_shard
 from .decay_report import warn_of_strangers
 from .lost_updates import warn_of_lost_updates
@@ -44,10 +44,10 @@ class TargetSparsityCallback(TrainerCallback):
     """
 
     def __init__(
-        self, target: float, start: float = DEFAULT_START, end: float = DEFAULT_END, per_group: bool = False
+        self, target: float, start: float | None = None, end: float | None = None, per_group: bool = False
     ) -> None:
         check_target(target)
-        check_ramp(start, end)
+        ramp(target, start, end)
         self._plan: dict[str, Any] = {"target": target, "start": start, "end": end, "per_group": per_group}
         self._steering: TargetSparsity | None = None
 
@@ -142,8 +142,8 @@ class CallbackFromGroups(TargetSparsityCallback):
         if plans and (attached is None or attached is earlier):  # else the script has attached its own
             self._plan = {
                 "target": None,  # the groups' own
-                "start": plans[0].get("target_start", DEFAULT_START),
-                "end": plans[0].get("target_end", DEFAULT_END),
+                "start": plans[0].get("target_start"),
+                "end": plans[0].get("target_end"),
             }
             super().on_train_begin(args, state, control, **kwargs)
 

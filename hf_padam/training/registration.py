@@ -31,6 +31,7 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 from ..optim import PAdam, PAdam8bit
 from ..optim.eight_bit import S_REFUSAL, check_installed
 from ..optim.hyperparameters import DEFAULT_LAMBDA_P, check_hyperparameters
+from ..optim.target_options import ramp
 from .callbacks import CHECK_LATER, CallbackFromGroups
 from .optim_args import malformed, parse_optim_args, split_optim_args
 from .options import OPTIONS, check_target, check_under_deepspeed, options_of, read, with_defaults
@@ -104,7 +105,12 @@ def build_optimizer(model: nn.Module, *, optimizer_class: type[PAdam] = PAdam, *
     for_groups = {key: options.pop(key) for key in inspect.signature(get_param_groups).parameters if key in options}
     groups = get_param_groups(model, **for_groups)
     remember_choice(model, **{key: for_groups[key] for key in CHOICES if key in for_groups})
-    groups = [group | plan if "target_sparsity" in group else group for group in groups]
+    steered = [group for group in groups if "target_sparsity" in group]
+    if steered:
+        largest = max(group["target_sparsity"] for group in steered)
+        start, end = ramp(largest, plan.get("target_start"), plan.get("target_end"))
+        for group in steered:
+            group |= {"target_start": start, "target_end": end}
     return optimizer_class(groups, **options)
 
 

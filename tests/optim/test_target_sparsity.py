@@ -11,7 +11,14 @@ import pytest
 import torch
 from conftest import blocks, tiny_llama
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_padam import (
     PAdam,
@@ -684,3 +691,40 @@ def test_who_is_detached_steers_no_more_and_zeros_are_held_until_the_groups_are_
         group.pop(key, None)
     train(model, optimizer, constant, x, y, range(5))
     assert share(weights_of(model)) > 0.55
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "steps"),
+    [
+        (0.3, {}, (50, 200)),
+        (0.4, {}, (50, 200)),
+        (0.41, {}, (200, 750)),
+        (0.3, {"start": 0.1}, (100, 750)),
+        (0.3, {"end": 0.5}, (200, 500)),
+        (0.3, {"start": 0.2, "end": 0.75}, (200, 750)),
+    ],
+)
+def test_without_a_ramp_it_is_short_for_small_targets(target, given, steps):
+    steering = TargetSparsity(PAdam(weights_of(problem()[0]), p_norm=0.5), target, 1000, **given)
+    assert (steering.first, steering.last) == steps
+
+
+def test_of_several_targets_the_largest_says_which_ramp_it_is():
+    first, second = weights_of(problem()[0])
+    groups = [{"params": [first], "target_sparsity": 0.2}, {"params": [second], "target_sparsity": 0.6}]
+    assert TargetSparsity(PAdam(groups, p_norm=0.5), total_steps=1000).first == 200
+    groups[1]["target_sparsity"] = 0.3
+    assert TargetSparsity(PAdam(groups, p_norm=0.5), total_steps=1000).first == 50
+
+
+@pytest.mark.parametrize(("options", "steps"), [("", (50, 200)), (",target_end=0.5", (200, 500))])
+def test_the_ramp_of_a_small_target_in_every_trainer(tmp_path, options, steps):
+    args = training_arguments(TrainingArguments, tmp_path, optim="padam", optim_args=f"target_sparsity=0.3{options}")
+    trainer = Trainer(tiny_llama(), args, train_dataset=blocks())
+    trainer.create_optimizer()
+    callback = TargetSparsityCallback(0.3) if not options else TargetSparsityCallback(0.3, end=0.5)
+    group = trainer.optimizer.param_groups[0]
+    assert [round(1000 * group[key]) for key in ("target_start", "target_end")] == list(steps)
+    state = TrainerState(max_steps=1000)
+    callback.on_train_begin(args, state, TrainerControl(), optimizer=PAdam(weights_of(problem()[0]), p_norm=0.5))
+    assert (callback._steering.first, callback._steering.last) == steps

@@ -169,7 +169,7 @@ def test_what_is_malformed_for_another_optimizer_still_is(tmp_path, optim, text)
         ({"s_rate": None}, "s_rate=None must be a number"),
         ({"lambda_p": [0.1]}, r"lambda_p=\[0.1\] must be a number"),
         ({"target_sparsity": "half"}, "target_sparsity='half' must be a number"),
-        ({"target_sparsity": 0.5, "target_start": None}, "target_start=None must be a number"),
+        ({"target_sparsity": 0.5, "target_start": "soon"}, "target_start='soon' must be a number"),
         ({"target_end": "late"}, "target_end='late' must be a number"),
         ({"target_scope": ["layer"]}, "must be one of global, layer"),
         ({"backend": 3}, "backend=3 must be one of auto"),
