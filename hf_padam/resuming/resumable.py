@@ -47,7 +47,7 @@ _SETTINGS = (
     "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices", "dataloader_drop_last",
     "train_sampling_strategy",
 )  # fmt: skip
-_BATCH_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
+_BATCH_SETTINGS = ("per_device_train_batch_size", "train_batch_size", "gradient_accumulation_steps", "processes")
 
 
 class ResumableTrainer(Trainer):
@@ -63,6 +63,11 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if getattr(self.args, "enable_jit_checkpoint", False):
+            raise ValueError(
+                "enable_jit_checkpoint saves in the middle of a step, from which a run cannot go on exactly: leave it "
+                f"out. {type(self).__name__} saves on SIGTERM itself"
+            )
         self._stop_signal = StopSignal()
         self._staging: Path | None = None
         self._saved: Path | None = None
@@ -156,6 +161,7 @@ class ResumableTrainer(Trainer):
         self._find_best()
         self._first_step = self.state.global_step
         settings, saved = self._settings(), self._resumed.get("settings", {})
+        saved = {"train_batch_size": settings["train_batch_size"]} | saved  # which earlier versions did not say
         same = all(settings[name] == saved.get(name) for name in _BATCH_SETTINGS)
         if "epoch" not in self._resumed or not same:  # the batches are others, and cannot be counted
             return epoch, batches
@@ -214,7 +220,14 @@ class ResumableTrainer(Trainer):
         """
         self._last_step = grad_norm, kwargs.get("learning_rate")
         self._saved = None
+        self.control.should_save |= self._follow.stopping  # whatever later callbacks have set
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        if self._follow.stopping and self._saved is not None:
+            # For loggers to write what they hold.
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self.accelerator.end_training()
+            logger.warning("SIGTERM: saved %s, and stopping. Resume from it to go on.", self._saved.name)
+            sys.exit(EXIT_STATUS)
         if self._saved is not None and not self.args.save_only_model:
             self._load_rng_state(str(self._saved))
 
@@ -341,6 +354,7 @@ class ResumableTrainer(Trainer):
         """Return what shapes a run's weights and is not in its optimizer's state."""
         settings = {name: getattr(self.args, name) for name in _SETTINGS if hasattr(self.args, name)}
         settings |= {"processes": self.args.world_size, "optim": OptimizerNames(self.args.optim).value}
+        settings["train_batch_size"] = self._train_batch_size  # which auto_find_batch_size may have made smaller
         if has_length(self.train_dataset):
             settings["training_rows"] = len(cast(Any, self.train_dataset))
         return json.loads(json.dumps(settings, default=str))
@@ -353,7 +367,7 @@ def _read_run_state(checkpoint: str | Path | None) -> dict[str, Any]:
 
 
 class _Follow(TrainerCallback):
-    """Keep track of where a run is. After a SIGTERM, save once the step is logged and evaluated as due; then exit."""
+    """Keep track of where a run is, and of a SIGTERM: the Trainer saves once the step is logged and evaluated."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = weakref.proxy(trainer)  # whose loader's workers would wait for a circle's end
@@ -385,10 +399,3 @@ class _Follow(TrainerCallback):
     def _stop_if_agreed(self, control: TrainerControl, last: bool = False) -> None:
         if self.trainer._stop_signal.agreed(last):
             self.stopping = control.should_save = True
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.stopping:
-            self.trainer.callback_handler.on_train_end(args, state, control)  # for loggers to write what they hold
-            self.trainer.accelerator.end_training()
-            logger.warning("SIGTERM: saved checkpoint-%d, and stopping. Resume from it to go on.", state.global_step)
-            sys.exit(EXIT_STATUS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,10 @@ def check_keys(
         )
 
 
+_IN_NO_FILE = re.compile(r"\bprompt_encoder\.[^.]+\.(?!embedding\.)")
+"""Names of the weights of p-tuning's encoder and of prefix tuning's projection, beside their embeddings."""
+
+
 def check_adapters(model: Any, checkpoint: str | Path) -> None:
     """Check, before PEFT loads adapters, that the checkpoint holds their tensors and no others: PEFT would not say.
 
@@ -100,10 +105,16 @@ def check_adapters(model: Any, checkpoint: str | Path) -> None:
         checkpoint: The directory that it was saved in: the adapter named "default" itself, others below it.
 
     Raises:
-        CheckpointError: If it does not.
+        CheckpointError: If it does not; or if PEFT saves of the adapter what it computes, not the weights that do.
     """
     from peft import get_peft_model_state_dict
 
+    own = [name for name, param in model.named_parameters() if param.requires_grad and _IN_NO_FILE.search(name)]
+    if own:
+        raise CheckpointError(
+            f"{checkpoint} cannot be gone on from: of the network that makes the prompt ({own[0]}), PEFT saves what "
+            "it gives out only. Start anew, or train a kind of adapter without one (PromptTuningConfig, LoraConfig)"
+        )
     for adapter in model.peft_config:
         directory = Path(checkpoint) if adapter == "default" else Path(checkpoint) / adapter
         files = [directory / name for name in ADAPTER_FILES if (directory / name).is_file()]

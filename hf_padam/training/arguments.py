@@ -10,7 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from ..optim.schedules import check_schedule
 from .distillation import check_distillation_options
-from .options import OPTIONS, PAPER, PAdamOptions, read
+from .options import OPTIONS, PAPER, PAdamOptions, has_target, read
 from .other_optimizers import check_decay_options
 from .registration import NAME, OPTIMIZERS, optimizer_options
 
@@ -64,4 +64,6 @@ class PAdamTrainingArguments(PAdamOptions, TrainingArguments):
         if OptimizerNames(self.optim).value in OPTIMIZERS:
             options = optimizer_options(self)
             values.update({key: options[key] for key in OPTIONS})
+            if has_target(options):
+                values["lambda_p"] = None  # it is found
         return values

@@ -75,7 +75,8 @@ class TargetSparsityCallback(TrainerCallback):
             return
         if state.global_step >= state.max_steps:
             self._steering.finish()
-        if not self._steering.met:
+        over = control.should_training_stop or state.global_step >= state.max_steps  # else it is to be resumed
+        if over and not self._steering.met:
             share = self._steering.state().get("sparsity")
             logger.warning(
                 "Training ended before target_sparsity=%s was met: %s.",

@@ -102,6 +102,7 @@ class Distillation:
         self._shift = True
         self._teacher_logits: Callable[[Tensor], Tensor] | None = None  # of the batch, until the loss is made
         self._shape: torch.Size | None = None  # of its labels
+        self.used = False  # so far
 
     @contextmanager
     def __call__(self, student: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -116,7 +117,7 @@ class Distillation:
                 other positions than those of the batch.
         """
         model: Any = unwrap_peft_model(student)
-        self._shift = shifts_labels(model)
+        self._shift, self.used = shifts_labels(model), True
         self._teacher_logits = self.teacher.logits_of(inputs)
         given = inputs.get("labels")
         self._shape = None if given is None else given.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..resuming.checkpoints import CheckpointError
 from ..resuming.resumable import ResumableTrainer
@@ -123,6 +123,21 @@ class DistillingTrainer(ResumableTrainer):
         if self._distillation is not None:
             settings[_TEACHER] = self._distillation.teacher.fingerprint
         return settings
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take a step, up to the gradients; see `transformers.Trainer.training_step`.
+
+        Raises:
+            ValueError: If it has not distilled, as it was asked to: a subclass makes the loss in its own way.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if self._distillation is not None and not self._distillation.used:
+            raise ValueError(
+                f"distill_from={options_of(self.args).distill_from!r} has no effect: compute_loss of "
+                f"{type(self).__name__} does not call PAdamTrainer's. Call super().compute_loss there, or leave "
+                "distill_from out"
+            )
+        return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the loss; see `transformers.Trainer.compute_loss`. In training it is the distilled one, if asked."""

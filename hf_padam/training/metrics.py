@@ -149,8 +149,12 @@ class WeightSparsity(_InMemory, evaluate.Measurement):
             Shares, in [0, 1] or None, and counts of weights; see the class.
         """
         if model is not None:
+            choice = remembered_choice(getattr(model, "config", None))
             if decayed is None:
-                decayed = decayed_parameters(model, **remembered_choice(getattr(model, "config", None)))
+                try:
+                    decayed = decayed_parameters(model, **choice)
+                except ValueError:  # adapters decayed, and are merged since
+                    decayed = decayed_parameters(model)
             return summarize(count_model_zeros(model, decayed))
         return super().compute(**kwargs)
 

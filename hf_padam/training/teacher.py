@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from transformers.trainer_utils import unwrap_peft_model
 
+logger = logging.getLogger(__name__)
+
 START = "start"
 """In place of a teacher's name: the model as it is when training begins."""
 
@@ -25,6 +28,27 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _NOT_THE_TEACHERS = ("labels", "shift_labels", "num_items_in_batch")
 _PADDING = 32
 """Rows that a vocabulary may be padded by, if that is more than a hundredth of it."""
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds its elements itself: it is not quantized, say, nor kept outside of memory."""
+    return not tensor.is_meta and not hasattr(type(tensor), "__tensor_flatten__")
+
+
+def _described(name: str, value: Any) -> Iterator[str]:
+    """Yield lines that differ if values of a state dict do: the parts of a tensor that is made of others, the bits."""
+    parts: Any = value
+    if not isinstance(value, Tensor):
+        yield f"{name} {type(value).__name__}"
+    elif hasattr(type(value), "__tensor_flatten__"):
+        for part in parts.__tensor_flatten__()[0]:
+            yield from _described(f"{name}.{part}", getattr(value, part))
+    elif value.is_meta:
+        yield f"{name} {tuple(value.shape)} {value.dtype}"
+    else:
+        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        bits = value.detach().contiguous().view(integers[value.element_size()])
+        yield f"{name} {tuple(value.shape)} {bits.sum(dtype=torch.int64).item()}"
 
 
 class Teacher:
@@ -63,7 +87,13 @@ class Teacher:
             config.use_cache, config.return_dict = False, True
         # With FSDP's RAM-efficient loading, the main process alone has read the weights.
         if PartialState().num_processes > 1:
-            broadcast([*self.model.parameters(), *self.model.buffers()])
+            broadcast([t for t in (*self.model.parameters(), *self.model.buffers()) if _is_plain(t)])
+        if any(t.is_meta for t in self.model.state_dict().values() if isinstance(t, Tensor)):
+            logger.warning(
+                "Weights of the teacher %s are kept outside of memory: that a run which goes on has the same ones is "
+                "not checked.",
+                name,
+            )
 
     @classmethod
     def copied(cls, model: nn.Module, tokenizer: Any, **options: Any) -> Teacher:
@@ -74,10 +104,9 @@ class Teacher:
     def fingerprint(self) -> str:
         """A hash of the weights: equal bits on any device, equal hash."""
         digest = hashlib.sha256()
-        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        for name, tensor in self.model.state_dict().items():
-            bits = tensor.detach().contiguous().view(integers[tensor.element_size()])
-            digest.update(f"{name} {tuple(tensor.shape)} {bits.sum(dtype=torch.int64).item()}\n".encode())
+        for name, value in self.model.state_dict().items():
+            for line in _described(name, value):
+                digest.update(f"{line}\n".encode())
         return digest.hexdigest()[:16]
 
     @torch.no_grad()

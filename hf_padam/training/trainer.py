@@ -47,9 +47,9 @@ class PAdamTrainer(DistillingTrainer):
 
     * ``eval_perplexity`` is exp(summed NLL / predicted tokens), exact across batches of unequal length, ``-100``
       labels and processes. (``exp(eval_loss)`` is not: `eval_loss` is the Trainer's mean of batch means.)
-    * ``eval_sparsity`` is the share of exact zeros among the weights that the p-norm decay acts on, and is left out
-      where it acts on none; ``eval_sparsity_total`` that among all parameters, frozen ones included and each tied
-      weight counted once.
+    * ``eval_sparsity`` is the share of exact zeros among the weights that the p-norm decay acts on (or, with another
+      optimizer, would act on), and is left out where there are none; ``eval_sparsity_total`` that among all
+      parameters, frozen ones included and each tied weight counted once.
 
     Both sparsities are also in the training logs, so they reach whatever `report_to` names; so is `p_norm` while
     `p_norm_schedule` moves it. Works with any optimizer.

@@ -103,6 +103,45 @@ def test_sigterm_in_a_users_script_saves_and_exits_with_143(tmp_path, warnings_s
     assert rows(resumed) == rows(whole)
 
 
+def test_sigterm_saves_whatever_other_callbacks_want_and_all_are_told(tmp_path, warnings_said, caplog):
+    """Also one that comes after the Trainer's own, and sets what is to be done at every step."""
+
+    class Own(TrainerCallback):
+        saved = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step % 100 == 0
+
+        def on_save(self, args, state, control, **kwargs):
+            self.saved = state.global_step
+
+    own = Own()
+    stopped = trainer_for(tmp_path, lambda_p=None, target_sparsity=0.5)
+    stopped.add_callback(At(2, lambda _: signal.raise_signal(signal.SIGTERM)))
+    stopped.add_callback(own)
+    with pytest.raises(SystemExit):
+        stopped.train()
+    assert "SIGTERM: saved checkpoint-3" in " ".join(warnings_said) and own.saved == 3
+    assert "before target_sparsity" not in caplog.text, "the run is to go on"
+
+
+def test_checkpoints_in_the_middle_of_a_step_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="enable_jit_checkpoint saves in the middle of a step"):
+        trainer_for(tmp_path, enable_jit_checkpoint=True)
+
+
+def test_another_batch_size_than_the_one_that_was_found_is_said(tmp_path, caplog):
+    first = trainer_for(tmp_path, save_strategy="steps", save_steps=4, max_steps=4)
+    first.train()
+    file = next(path for path in (tmp_path / "checkpoint-4").glob("*.json") if '"draws_apart"' in path.read_text())
+    state = json.loads(file.read_text())
+    assert state["settings"]["train_batch_size"] == first.args.train_batch_size
+    state["settings"]["train_batch_size"] -= 1  # auto_find_batch_size had to make it smaller
+    file.write_text(json.dumps(state))
+    trainer_for(tmp_path, max_steps=5).train(resume_from_checkpoint=True)
+    assert "train_batch_size" in caplog.text
+
+
 def test_what_sigterm_saves_can_be_gone_on_from_though_checkpoints_are_of_the_model_only(tmp_path):
     whole = trainer_for(tmp_path / "whole")
     whole.train()

@@ -8,7 +8,14 @@ import pytest
 import torch
 import transformers
 from conftest import blocks, tiny_gpt2, tiny_llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from test_trainer import options
 from torch import nn
@@ -22,7 +29,7 @@ from transformers import (
 
 from hf_padam import PAdamTrainer, PAdamTrainingArguments
 from hf_padam.resuming.checkpoints import MARKER, CheckpointError
-from hf_padam.resuming.weights import load_weights
+from hf_padam.resuming.weights import check_adapters, load_weights
 
 TEXT = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -183,3 +190,21 @@ def test_tensors_that_are_missing_unexpected_or_misshapen_are_an_error(name, har
         CheckpointError, match="is of another model: it (lacks|has).*Give the model that the run began"
     ):
         trainer(tmp_path, trained(name), **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8, prefix_projection=True),
+    ],
+    ids=["p-tuning", "prefix tuning with a projection"],
+)
+def test_adapters_whose_own_weights_peft_does_not_save_are_refused(config, tmp_path):
+    model = get_peft_model(tiny_llama(), config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="prompt_encoder.*PEFT saves what it gives out only"):
+        check_adapters(model, tmp_path)
+    plain = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    plain.save_pretrained(tmp_path / "plain")
+    check_adapters(plain, tmp_path / "plain")

@@ -426,3 +426,21 @@ def test_logits_of_some_positions_only_are_refused():
     distillation = Distillation(Teacher.copied(other_llama(), None))
     with pytest.raises(ValueError, match="leave logits_to_keep out of the batch"), distillation(student, batch):
         student(**batch, logits_to_keep=3)
+
+
+def test_a_trainer_that_makes_its_loss_in_its_own_way_says_that_it_does_not_distil(tmp_path):
+    class Own(PAdamTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            outputs = model(**inputs)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    class Scaled(PAdamTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return 2 * super().compute_loss(*args, **kwargs)
+
+    model = tiny_llama()
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(ValueError, match="compute_loss of Own does not call PAdamTrainer's"):
+        train(model, tmp_path, distill_from="start", cls=Own)
+    assert equal(before, model.parameters())
+    train(model, tmp_path, distill_from="start", cls=Scaled)

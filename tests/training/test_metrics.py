@@ -165,3 +165,11 @@ def test_metrics_make_no_directories(tmp_path, monkeypatch):
     row = {"name": "w", "elements": 4, "zeros": 1, "decayed": True}
     assert WeightSparsity().compute(data=[row])["sparsity"] == 0.25
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_adapters_were_merged_into_is_counted_like_any_other():
+    """Its config may say that they decayed, which are no more."""
+    model = tiny_llama()
+    expected = WeightSparsity().compute(model=model)
+    model.config.padam_decays = {"target_modules": ["lora_A"]}
+    assert WeightSparsity().compute(model=model) == expected

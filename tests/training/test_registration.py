@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import pickle
 import subprocess
 import sys
@@ -43,6 +44,17 @@ def test_the_arguments_survive_copies_pickling_and_dicts(tmp_path):
         assert twin.optim is OptimizerNames.PADAM and twin.optim_args == "p_norm=0.5"
     assert args.to_dict()["optim"] == "padam"
     assert TrainingArguments(**{k: args.to_dict()[k] for k in ("output_dir", "optim")}).optim == "padam"
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_sparsity": 0.5}, {"target_pattern": "2:4"}, {"lambda_p": 0.2}, {}], ids=str
+)
+def test_what_is_in_force_is_in_the_dict_and_makes_the_same_arguments(tmp_path, options):
+    args = PAdamTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **options)
+    values = args.to_dict()
+    assert values["lambda_p"] == options.get("lambda_p", None if options else 0.1)
+    (again,) = HfArgumentParser(PAdamTrainingArguments).parse_dict(json.loads(args.to_json_string()))
+    assert again.to_dict() == values
 
 
 def test_the_name_is_in_a_command_lines_help_and_choices(tmp_path):

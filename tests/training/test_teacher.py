@@ -156,3 +156,32 @@ def test_a_model_that_is_spread_over_devices_stays_there():
     model.hf_device_map = {"": "cpu"}
     Teacher(model, name="t", device="meta")
     assert all(param.is_meta for param in model.parameters())
+
+
+class WithState(torch.nn.Module):
+    """A part whose state is no tensor."""
+
+    def get_extra_state(self):
+        return {"calls": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["quantized", "outside of memory", "extra state"])
+def test_teachers_that_are_no_plain_tensors_in_memory_have_fingerprints(kind, caplog):
+    model = tiny_llama()
+    if kind == "quantized":
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    elif kind == "extra state":
+        model.own = WithState()
+    teacher = Teacher(model, name="large")
+    if kind == "outside of memory":  # as accelerate's offloading leaves it
+        model.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(torch.empty(32, 64, device="meta"))
+        Teacher(model, name="large")
+        assert "Weights of the teacher large are kept outside of memory" in caplog.text
+    first = teacher.fingerprint
+    assert first == teacher.fingerprint
+    model.model.layers[1].input_layernorm.weight.data[0] += 1
+    assert first != teacher.fingerprint
