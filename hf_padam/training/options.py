@@ -85,12 +85,13 @@ class PAdamOptions:
         None, "Zeros in a pattern N:M, in place of target_sparsity: of M weights along the inputs, N stay. E.g. 2:4."
     )
     target_start: float | None = _option(
-        None, "Share of the steps after which target_sparsity makes zeros. Default: 0.2; 0.05 up to 40 % of zeros."
+        None,
+        "Share of the steps after which target_sparsity makes zeros. Default: 0.2, or 0.05 for targets up to 0.4.",
     )
     target_end: float | None = _option(
         None,
-        "Share of the steps after which it has made all; what survives recovers in the rest. Default: 0.75; 0.2 up to "
-        "40 % of zeros.",
+        "Share of the steps after which it has made all; what survives recovers in the rest. Default: 0.75, or 0.2 "
+        "for targets up to 0.4.",
     )
     target_scope: str = _option(
         SCOPES[0],
