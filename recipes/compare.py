@@ -128,13 +128,14 @@ def _check_branch(job: Job, start: Job, checkpoint: str) -> None:
             f"{job.output_dir.name} goes on from {checkpoint!r} of {start.output_dir.name}, which saves no such "
             "checkpoint: give that method save_strategy: steps, and save_steps of which the number is a multiple"
         )
-    if job.options.get("prune_by") == "wanda" and job.options.get("prune_start") != job.options.get("prune_end"):
+    ramp = [float(job.options.get(name, getattr(PruningArguments, name))) for name in ("prune_start", "prune_end")]
+    if job.options.get("prune_by") == "wanda" and ramp[0] < ramp[1]:
         raise UsageError(
             f"{job.output_dir.name} goes on from {start.output_dir.name}, but gradual Wanda keeps norms of the inputs "
             "from the first step on: let it begin by itself"
         )
     steps = int(job.options.get("max_steps", step))
-    begins = math.ceil(float(job.options.get("prune_start", PruningArguments.prune_start)) * steps)
+    begins = math.ceil(ramp[0] * steps)
     if step > steps or "prune_to" in job.options and "max_steps" in job.options and step >= begins:
         raise UsageError(
             f"{job.output_dir.name} has {steps} steps, and prunes from step {begins} on if at all, but would go on "
